@@ -1,0 +1,57 @@
+# Bare `make` lists the targets. Each one first installs what is missing (.ci/setup).
+PREFIX ?= /usr/local
+bin := .venv/bin
+as_root = [ "$$(id -u)" = 0 ] || sudo -n true 2>/dev/null || sudo -v
+
+# Tests marked `root` change to other users themselves; a user runs them through sudo.
+by_sudo = sudo -n -E PYTHONDONTWRITEBYTECODE=1 $(bin)/pytest -p no:cacheprovider
+ifeq ($(shell id -u),0)
+pytest = $(bin)/pytest $(1)
+else
+pytest = $(bin)/pytest $(1) -m 'not root' && $(by_sudo) $(1) -m root
+endif
+
+help:
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: setup ## boot the lab, run curl through it, show exit address, IsTor and leak verdict
+	@$(bin)/python bench/demo.py
+
+test: lint ## run every test; as a user, those that need root go through sudo
+	@$(as_root)
+	$(call pytest)
+
+check: lint ## linters, types, unit, golden and document tests: seconds, without root
+	$(bin)/pytest -m 'not lab and not root' tests/unit tests/golden tests/docs
+
+stories: setup ## run the behaviour tests
+	@$(as_root)
+	$(call pytest,tests/stories)
+
+lab: setup ## run the tests that need a lab
+	@$(as_root)
+	$(bin)/pytest -m lab
+
+bench: setup ## measure speed, side by side with others
+	@$(as_root)
+	@$(bin)/python bench/run.py
+
+golden: setup ## rewrite the golden files; review them with git diff
+	$(bin)/pytest tests/golden --update-golden
+
+clean: ## remove .venv, caches and build products
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find nsrun tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+install: ## put ttp on the PATH: PREFIX/lib/ttp, PREFIX/bin/ttp (PREFIX=/usr/local)
+	@.ci/setup install $(PREFIX)
+
+setup:
+	@.ci/setup
+
+lint: setup
+	$(bin)/ruff format --check
+	$(bin)/ruff check
+	$(bin)/mypy
+
+.PHONY: help demo test check stories lab bench golden clean install setup lint

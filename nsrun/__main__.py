@@ -1,0 +1,5 @@
+"""``python -m nsrun`` is ``ttp``."""
+
+from nsrun.client import main
+
+main()

@@ -1,0 +1,135 @@
+"""The system calls that Python 3.11 lacks: namespaces, mounts, capabilities, no_new_privs.
+
+On the hot path of ``ttp run``, where ``import ctypes`` would cost 2.4 ms of about 10, so this
+uses the extension module below it, ``_ctypes`` (unchanged from CPython 3.11 to 3.14).
+Functions keep the kernel's names and raise OSError; man pages are in section 2.
+"""
+
+from __future__ import annotations
+
+import posix
+from _ctypes import CFuncPtr, _SimpleCData, dlopen, dlsym, get_errno
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWNET = 0x40000000
+
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_NOEXEC = 0x8
+MS_REMOUNT = 0x20
+MS_BIND = 0x1000
+MS_MOVE = 0x2000
+MS_REC = 0x4000
+MS_PRIVATE = 0x40000
+MS_SLAVE = 0x80000
+MNT_DETACH = 0x2
+
+EINVAL = 22
+
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+# capabilities(7), by number
+CAPABILITIES = {
+    "CHOWN": 0,
+    "DAC_OVERRIDE": 1,
+    "FOWNER": 3,
+    "FSETID": 4,
+    "KILL": 5,
+    "SETGID": 6,
+    "SETUID": 7,
+    "NET_BIND_SERVICE": 10,
+    "SYS_NICE": 23,
+    "SYS_RESOURCE": 24,
+    "LEASE": 28,
+    "AUDIT_WRITE": 29,
+}
+
+
+class _Long(_SimpleCData):  # type: ignore[type-arg]
+    _type_ = "l"
+
+
+class _Int(_SimpleCData):  # type: ignore[type-arg]
+    _type_ = "i"
+
+
+class _Function(CFuncPtr):
+    _flags_ = 0x1 | 0x8  # FUNCFLAG_CDECL | FUNCFLAG_USE_ERRNO
+    _restype_ = _Int
+
+
+_LIBC = dlopen(None, 0)  # type: ignore[arg-type]  # the running program itself
+_FUNCTIONS: dict[str, _Function] = {}
+
+
+def _call(name: str, *args: int | bytes | None, path: str = "") -> int:
+    function = _FUNCTIONS.get(name)
+    if function is None:
+        function = _FUNCTIONS[name] = _Function(dlsym(_LIBC, name))
+    # ctypes would pass an int as C int; the kernel reads longs and pointers
+    result: int = function(*[_Long(arg) if isinstance(arg, int) else arg for arg in args])
+    if result < 0:
+        errno = get_errno()
+        raise OSError(errno, posix.strerror(errno), path or name)
+    return result
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def unshare(flags: int) -> None:
+    _call("unshare", flags)
+
+
+def setns(fd: int, kind: int = 0) -> None:
+    """Join the namespace that ``fd`` refers to; only the calling thread moves (CLONE_NEWNET)."""
+    _call("setns", fd, kind)
+
+
+def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
+    _call(
+        "mount",
+        _bytes(source),
+        _bytes(target),
+        _bytes(kind),
+        flags,
+        _bytes(data),
+        path=target,
+    )
+
+
+def umount(target: str, flags: int = MNT_DETACH) -> None:
+    _call("umount2", _bytes(target), flags, path=target)
+
+
+def mount_setattr_readonly(target: str) -> None:
+    """Make the mount at ``target`` and every mount below it read-only (mount_setattr(2), 5.12)."""
+    number, at_fdcwd, at_recursive = 442, -100, 0x8000
+    attributes = MS_RDONLY.to_bytes(8, "little") + bytes(24)  # struct mount_attr: set, and no more
+    arguments = (number, at_fdcwd, _bytes(target), at_recursive, attributes, len(attributes))
+    _call("syscall", *arguments, path=target)
+
+
+def prctl(option: int, arg2: int = 0, arg3: int = 0) -> None:
+    _call("prctl", option, arg2, arg3, 0, 0)
+
+
+def drop_bounding(keep: tuple[str, ...] | list[str] = ()) -> None:
+    """Drop every capability but those in ``keep`` from the bounding set, for good."""
+    kept = {CAPABILITIES[name] for name in keep}
+    for capability in range(64):
+        if capability not in kept:
+            try:
+                prctl(PR_CAPBSET_DROP, capability)
+            except OSError as error:
+                if error.errno != EINVAL:
+                    raise
+                return  # past the last capability of this kernel

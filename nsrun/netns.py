@@ -1,0 +1,59 @@
+"""A network namespace without a name: held by a file descriptor, worked in by a thread.
+
+A name under /run/netns would outlive a crash. These die with the last process or descriptor
+that refers to them, so after ``kill -9`` the kernel cleans up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from nsrun import linux
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Namespace:
+    """A network namespace and the one thread that lives in it.
+
+    Programs started by a function passed to ``call`` run inside the namespace, and a parent-death
+    signal set by them fires when this object's thread ends.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        """Make a new namespace, or open the one at ``path``. Raises OSError."""
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netns")
+        try:
+            self.fd = self._thread.submit(_join, path).result()
+        except BaseException:
+            self._thread.shutdown()
+            raise
+
+    @property
+    def path(self) -> str:
+        """A path that other processes of ours can open as long as this object lives."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``function`` inside the namespace and return its result, or raise what it raised."""
+        return self._thread.submit(function, *args, **kwargs).result()
+
+    def close(self) -> None:
+        """End the thread and let go of the namespace; it lives on while others are in it."""
+        if self.fd >= 0:
+            self._thread.shutdown()
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _join(path: str | None) -> int:
+    if path is None:
+        linux.unshare(linux.CLONE_NEWNET)
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    linux.setns(fd, linux.CLONE_NEWNET)
+    return fd

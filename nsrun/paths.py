@@ -1,0 +1,61 @@
+"""Where ttp keeps its files. On the hot path: plain strings, no pathlib.
+
+runtime  sockets, locks, logs, volatile torrc: gone at reboot     /run/ttp
+state    guards and cached consensus of each gateway's Tor        /var/lib/ttp
+cache    what can be made again (the lab's bake)                  /var/cache/ttp
+
+For a user other than root: $XDG_RUNTIME_DIR/ttp, $XDG_STATE_HOME/ttp and $XDG_CACHE_HOME/ttp
+with the defaults of the XDG Base Directory Specification 0.8.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def runtime() -> str:
+    """Directory of running gateways and labs, one folder each; not made by this function."""
+    uid = os.geteuid()
+    if uid == 0:
+        return "/run/ttp"
+    base = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}"
+    if os.path.isdir(base):
+        return f"{base}/ttp"
+    return f"/tmp/ttp-{uid}"  # noqa: S108  made 0700 and its owner checked by private_directory()
+
+
+def state() -> str:
+    return "/var/lib/ttp" if os.geteuid() == 0 else _home("XDG_STATE_HOME", ".local/state")
+
+
+def cache() -> str:
+    return "/var/cache/ttp" if os.geteuid() == 0 else _home("XDG_CACHE_HOME", ".cache")
+
+
+def gateway(name: str) -> str:
+    """Runtime directory of a gateway: ``api`` (the supervisor's socket), ``tor/``."""
+    return f"{runtime()}/gateways/{name}"
+
+
+def log(state_directory: str) -> str:
+    """Log of a gateway's last run: the supervisor's lines, Tor's and the uplink's."""
+    return f"{state_directory}/log"
+
+
+def private_directory(path: str) -> None:
+    """Make ``path`` for us alone, or check that it is. Root's can be passed through, by Tor's user.
+
+    Raises PermissionError when somebody else owns it or may write to it.
+    """
+    os.makedirs(path, mode=0o711 if os.geteuid() == 0 else 0o700, exist_ok=True)
+    found = os.lstat(path)
+    plain = found.st_mode & 0o170022 == 0o040000  # a directory, and no write bit for others
+    if found.st_uid != os.geteuid() or not plain:
+        raise PermissionError(1, "owned or writable by another user", path)
+
+
+def _home(variable: str, default: str) -> str:
+    base = os.environ.get(variable)
+    if not base or not base.startswith("/"):  # the specification: ignore a relative path
+        base = os.path.join(os.path.expanduser("~"), default)
+    return f"{base}/ttp"

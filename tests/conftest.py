@@ -1,0 +1,101 @@
+"""Fixtures and rules of every test: who it runs as, what stays as it was, and no skips in CI."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from harness import ROOT, host_changes, host_state
+from users import NOBODY, USER, home_of, prefix_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _host_stays_as_it_is() -> Iterator[None]:
+    before = host_state()
+    yield
+    if changes := host_changes(before):
+        pytest.fail(f"the tests changed the host:\n{changes}", pytrace=False)
+
+
+@pytest.fixture
+def user_home() -> Iterator[Path]:
+    """Home directory of ``as_user``, with ``run`` (XDG_RUNTIME_DIR) in it; goes with the test."""
+    with home_of(USER) as home:
+        yield home
+
+
+@pytest.fixture
+def as_user(user_home: Path) -> list[str]:
+    """Prefix of a command that runs it as an unprivileged user: uid 54321, without a name, when
+    the tests run as root, else the user who runs them. HOME and XDG_RUNTIME_DIR are fresh.
+    """
+    return prefix_of(USER, user_home)
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[list[str]]:
+    """Like ``as_user``, but a user with a name, ``nobody``, when the tests run as root."""
+    with home_of(NOBODY) as home:
+        yield prefix_of(NOBODY, home)
+
+
+@pytest.fixture(scope="session")
+def as_root() -> list[str]:
+    """Prefix of a command that runs it as root."""
+    if os.geteuid() == 0:
+        return []
+    sudo = ["sudo", "-n", "-E"]
+    try:
+        asked = subprocess.run([*sudo, "true"], capture_output=True, text=True, timeout=10)
+    except FileNotFoundError:
+        pytest.fail("this test needs root, and there is no sudo: run it as root", pytrace=False)
+    if asked.returncode:
+        why = asked.stderr.strip()
+        pytest.fail(f"this test needs root: {why}: run `sudo -v` first", pytrace=False)
+    return sudo
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """``golden(name, text)``: text equals tests/golden/NAME, or becomes it (--update-golden)."""
+
+    def compare(name: str, text: str) -> None:
+        file = ROOT / "tests" / "golden" / name
+        if request.config.getoption("--update-golden"):
+            file.write_text(text)
+        assert file.exists(), f"no {file.relative_to(ROOT)} yet: run make golden"
+        assert text == file.read_text(), "not as in the golden file; if meant so: make golden"
+
+    return compare
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.outcome == "skipped" and os.environ.get("CI"):
+        report.outcome = "failed"
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.longrepr = f"in CI, a skip is a failure: {why}"
