@@ -1,0 +1,163 @@
+"""Run a plan: for each step push its undo, then do it. No decision is made here.
+
+The same loop and the same steps serve a command, a container and the host; what differs is the
+namespace that a step names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from nsrun import ruleset
+from nsrun.errors import MissingError, NsrunError, VerifyError
+from nsrun.facts import search_path
+from nsrun.netns import Namespace
+from nsrun.steps import (
+    DropNamespace,
+    DropRules,
+    Ip,
+    LoadRules,
+    MakeDirectory,
+    MakeNamespace,
+    RemoveFile,
+    SetSysctl,
+    StartTor,
+    StartUplink,
+    Step,
+    StopProcess,
+    WriteFile,
+)
+
+
+class Process(Protocol):
+    """Something started that can be stopped; stopping what has ended is no error."""
+
+    def stop(self) -> None: ...
+
+
+@dataclass
+class Machine:
+    """The effects. ``starters`` make the two long-lived processes; ``echo`` is told every step."""
+
+    namespaces: dict[str, Namespace] = field(default_factory=dict)
+    starters: dict[str, Callable[[StartTor | StartUplink], Process]] = field(default_factory=dict)
+    echo: Callable[[str], None] = lambda _: None
+    processes: dict[str, Process] = field(default_factory=dict)
+
+    def do(self, step: Step) -> None:
+        """Carry out one step. Raises NsrunError with the command that does the same by hand."""
+        self.echo(step.describe())
+        match step:
+            case MakeNamespace(name):
+                self.namespaces[name] = Namespace()
+            case DropNamespace(name):
+                if name in self.namespaces:
+                    self.namespaces.pop(name).close()
+            case SetSysctl(where, key, value):
+                self.namespaces[where].call(_write_sysctl, key, value)
+            case Ip(where, commands):
+                self._ip(step, where, commands)
+            case LoadRules(where, text):
+                self._load(step, where, text)
+            case DropRules(where, text):
+                if where in self.namespaces:
+                    with suppress(NsrunError):  # absence is success
+                        self._run(step, where, ("nft", "-f", "-"), text)
+            case MakeDirectory(path, mode, uid, gid):
+                Path(path).mkdir(parents=True, exist_ok=True)
+                os.chown(path, uid, gid)
+                Path(path).chmod(mode)
+            case WriteFile(path, text, mode, uid, gid):
+                _write_file(path, text, mode, uid, gid)
+            case RemoveFile(path):
+                Path(path).unlink(missing_ok=True)
+            case StartUplink():
+                self.processes["uplink"] = self.starters["uplink"](step)
+            case StartTor():
+                self.processes["tor"] = self.starters["tor"](step)
+            case StopProcess(name):
+                if name in self.processes:
+                    self.processes.pop(name).stop()
+
+    def _ip(self, step: Step, where: str, commands: tuple[str, ...]) -> None:
+        known = {f"@{name}": namespace.fd for name, namespace in self.namespaces.items()}
+        named = {name: fd for name, fd in known.items() if name in " ".join(commands)}
+        text = re.sub(
+            "|".join(named) or "@",
+            lambda found: f"/proc/self/fd/{named[found[0]]}",
+            "\n".join(commands),
+        )
+        self._run(step, where, ("ip", "-batch", "-"), text, tuple(named.values()))
+
+    def _load(self, step: Step, where: str, text: str) -> None:
+        self._run(step, where, ("nft", "-f", "-"), text)
+        if table := re.match(r"table (inet \S+)\n", text):
+            listed = self._run(step, where, ("nft", "list", "table", *table[1].split()), "")
+            if ruleset.outline(listed) != ruleset.outline(text):
+                raise VerifyError(
+                    f"load the rules of the {where}",
+                    "the kernel lists other rules than were sent",
+                    "another program may be changing them; nothing was opened",
+                )
+
+    def _run(
+        self, step: Step, where: str, command: tuple[str, ...], text: str, fds: tuple[int, ...] = ()
+    ) -> str:
+        try:
+            done = self.namespaces[where].call(
+                subprocess.run,
+                command,
+                input=text,
+                capture_output=True,
+                text=True,
+                pass_fds=fds,
+                env={**os.environ, "PATH": search_path(), "LC_ALL": "C"},
+            )
+        except FileNotFoundError as error:
+            raise MissingError(
+                f"run {command[0]}", "it is not installed", "run the project's set-up step"
+            ) from error
+        if done.returncode != 0:
+            last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
+            raise NsrunError(f"set up the {where}", last[0], f"the step was: {step.describe()}")
+        return done.stdout
+
+
+def apply(steps: Iterable[Step], do: Callable[[Step], None]) -> ExitStack:
+    """Do all steps; what comes back takes them back when it is closed.
+
+    When a step fails, all before it are taken back, in reverse, and its error is raised.
+    """
+    with ExitStack() as back:
+        for step in steps:
+            inverse = step.undo()
+            if inverse is not None:
+                back.callback(do, inverse)  # first: an undo that finds nothing is no error
+            do(step)
+        return back.pop_all()
+
+
+def _write_sysctl(key: str, value: str) -> None:
+    path = Path("/proc/sys") / key.replace(".", "/")
+    try:
+        path.write_text(value)
+    except OSError as error:
+        raise NsrunError(
+            f"set {key} to {value}", error.strerror, "is /proc/sys read-only?"
+        ) from error
+
+
+def _write_file(path: str, text: str, mode: int, uid: int, gid: int) -> None:
+    with suppress(FileNotFoundError):
+        Path(path).unlink()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(fd, "w") as file:
+        os.fchown(fd, uid, gid)
+        file.write(text)

@@ -1,0 +1,255 @@
+"""From what was asked and what was found to what will be done. Pure: no clock, no files, no luck.
+
+A plan has three parts. The supervisor applies ``gateway`` once and ``workload`` for each command;
+the client itself carries out ``enter`` and becomes the command. The order is what makes it
+safe (docs/theory-of-operation.md): closed rules before there is a link, the full rules before Tor,
+Tor before a workload, and a workload's right to speak last of all.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from nsrun import ruleset, torrc
+from nsrun.address import AddressBlock, choose_block
+from nsrun.spec import Caller, GatewaySpec
+from nsrun.steps import (
+    Ip,
+    LoadRules,
+    MakeDirectory,
+    MakeNamespace,
+    SetSysctl,
+    StartTor,
+    StartUplink,
+    Step,
+    WriteFile,
+)
+
+LINK_PREFIX = "w"
+UPLINK = "uplink"
+MTU = 65520  # the largest a pasta or slirp4netns link takes; Tor's CPU per byte falls by 40 %
+
+# Both ends of a link have this address and resolve no other: a NOARP link addresses frames to its
+# own address, so no ARP or neighbour discovery is sent, answered or forged.
+LINK_MAC = "02:00:00:00:00:01"
+
+# What a program may see of /run. Everything else there is a door to a process outside, which could
+# resolve or connect on its behalf (P6): nscd, systemd-resolved, avahi, D-Bus, Docker, Tor itself.
+RUN_KEPT = (
+    *("lock", "log", "media", "motd.d", "mount", "screen", "shm", "sshd", "tmux", "udev", "utmp"),
+    *("booted-system", "current-system", "opengl-driver", "wrappers"),  # NixOS keeps programs here
+)
+# The same for XDG_RUNTIME_DIR: displays, their keys, and agents that sign but do not connect.
+SESSION_KEPT = (
+    *("wayland-0", "wayland-1", "wayland-0.lock", "wayland-1.lock", "ICEauthority", "xauth"),
+    *("ssh-agent.socket", "keyring"),
+)
+
+# capabilities(7) that a command run by root keeps: those over its own files and processes.
+ROOT_KEEPS = (
+    *("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"),
+    *("NET_BIND_SERVICE", "SYS_NICE", "SYS_RESOURCE", "LEASE", "AUDIT_WRITE"),
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found on this machine. Made by facts.probe(), the only reader of the outside.
+
+    ``tor_uid`` and ``tor_gid`` are as seen in the user namespace that the supervisor runs in.
+    ``networks`` are those the host has an address in. ``nsswitch`` is the host's file.
+    """
+
+    supervisor: int
+    tor_uid: int
+    tor_gid: int
+    networks: tuple[str, ...]
+    ipv6: bool
+    nsswitch: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One workload of a gateway, by number: its link, its addresses."""
+
+    block: AddressBlock
+    number: int
+
+    @property
+    def link(self) -> str:
+        return f"{LINK_PREFIX}{self.number}"
+
+    @property
+    def address4(self) -> str:
+        return str(self.block.link(self.number)[0])
+
+    @property
+    def address6(self) -> str:
+        return str(self.block.link(self.number)[1])
+
+
+Op = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    gateway: tuple[Step, ...]
+    workload: tuple[Step, ...]
+    enter: tuple[Op, ...]
+
+
+def make_plan(gateway: GatewaySpec, facts: Facts, caller: Caller, nested: bool) -> Plan:
+    """Everything that the first ``ttp run`` on a gateway would do."""
+    block = choose_block(facts.networks)
+    return Plan(
+        gateway_steps(gateway, facts, block),
+        workload_steps(Workload(block, 2), facts),
+        enter_ops(gateway, facts, block, caller, nested),
+    )
+
+
+def gateway_steps(spec: GatewaySpec, facts: Facts, block: AddressBlock) -> tuple[Step, ...]:
+    """A gateway from nothing. No packet can leave before the last but two steps."""
+    policy = ruleset.gateway_policy(block, facts.tor_uid)
+    capture = ruleset.FromInterface(LINK_PREFIX, UPLINK)
+    tor = f"{spec.runtime}/tor"
+    config = torrc.TorConfig(
+        block=block,
+        data=f"{spec.state}/tor",
+        control=f"{tor}/control",
+        owner=facts.supervisor,
+        ipv6=facts.ipv6,
+        fragment=spec.torrc,
+    )
+    owner = (facts.tor_uid, facts.tor_gid)
+    return (
+        MakeNamespace("gateway"),
+        *(SetSysctl("gateway", key, value) for key, value in _GATEWAY_SYSCTLS),
+        LoadRules("gateway", ruleset.render_closed()),
+        Ip(
+            "gateway",
+            (
+                "link set lo up",
+                f"address add {block.gateway}/32 dev lo",
+                f"address add {block.gateway6}/128 dev lo nodad",
+                # any route will do: without one, answers to a renewed identity are not routed
+                f"route add {block.identities} dev lo",
+                f"route add {block.identities6} dev lo",
+            ),
+        ),
+        MakeDirectory(f"{spec.state}/tor", 0o700, *owner),
+        MakeDirectory(tor, 0o700, *owner),
+        WriteFile(f"{tor}/torrc", torrc.render(config), 0o600, *owner),
+        StartUplink(spec.uplinks),
+        LoadRules("gateway", ruleset.render(policy, capture)),
+        StartTor(f"{tor}/torrc", *owner),
+    )
+
+
+_GATEWAY_SYSCTLS = (
+    # the kill switch: with it off, no packet of a workload is ever forwarded, rules or no rules
+    ("net.ipv4.ip_forward", "0"),
+    ("net.ipv6.conf.all.forwarding", "0"),
+    ("net.ipv4.conf.all.rp_filter", "1"),
+    ("net.ipv4.conf.all.arp_ignore", "1"),
+    ("net.ipv4.conf.all.accept_redirects", "0"),
+    ("net.ipv4.conf.all.accept_source_route", "0"),
+    ("net.ipv6.conf.all.accept_redirects", "0"),
+    # a packet in the middle of a connection that conntrack forgot starts no new one
+    ("net.netfilter.nf_conntrack_tcp_loose", "0"),
+)
+
+
+def workload_steps(workload: Workload, facts: Facts) -> tuple[Step, ...]:
+    """A namespace whose only link ends in the gateway, ready to be joined."""
+    policy = ruleset.gateway_policy(workload.block, facts.tor_uid)
+    link, address4, address6 = workload.link, workload.address4, workload.address6
+    end = f"mtu {MTU} address {LINK_MAC}"
+    return (
+        MakeNamespace("workload"),
+        Ip(
+            "workload",
+            (
+                "link set lo up",
+                f"link add eth0 {end} type veth peer name {link} {end} netns @gateway",
+                "link set eth0 addrgenmode none arp off up",
+                f"address add {address4}/32 dev eth0",
+                f"address add {address6}/128 dev eth0",
+                "route add 0.0.0.0/0 dev eth0",
+                "route add ::/0 dev eth0",
+            ),
+        ),
+        SetSysctl("workload", "net.ipv4.conf.eth0.route_localnet", "1"),
+        LoadRules("workload", ruleset.render_workload(policy)),
+        Ip(
+            "gateway",
+            (
+                f"link set {link} addrgenmode none arp off up",
+                f"route add {address4}/32 dev {link}",
+                f"route add {address6}/128 dev {link}",
+            ),
+        ),
+        LoadRules(
+            "gateway",
+            ruleset.add_link(link, address4, address6),
+            ruleset.remove_link(link, address4, address6),
+        ),
+    )
+
+
+def enter_ops(
+    gateway: GatewaySpec,
+    facts: Facts,
+    block: AddressBlock,
+    caller: Caller,
+    nested: bool,
+) -> tuple[Op, ...]:
+    """What the client does to itself before it becomes the command. See nsrun/enter.py.
+
+    ``nested`` says that the gateway's user namespace is not the client's own (rootless, or a
+    lab's): the client joins it to get at the network namespace, and makes a user namespace of
+    its own inside, so that it has no capability over either.
+    """
+    owner = (0, 0) if nested else (caller.uid, caller.gid)
+    files = {
+        # `search .`: else libc would take the host's own domain and send it to exits
+        "resolv.conf": f"nameserver {block.gateway}\nsearch .\n",
+        "nsswitch.conf": hosts_by_dns(facts.nsswitch),
+    }
+    ops: list[Op] = [("close_sockets",)]
+    if nested:
+        ops.append(("join_user",))
+    ops += [
+        ("join_network",),
+        ("new_mounts",),
+        ("hide_run", list(RUN_KEPT), caller.runtime_dir, list(SESSION_KEPT), *owner),
+        *(
+            ("hide", path)
+            for path in (_root(gateway.runtime), _root(gateway.state), caller.bus)
+            if path
+        ),
+        ("replace_etc", files, caller.uid != 0),
+    ]
+    if nested:
+        ops.append(("new_user", caller.uid, caller.gid))
+    elif caller.uid == 0:
+        ops += [("read_only", "/proc/sys"), ("read_only", "/sys")]
+    ops.append(("drop_capabilities", [] if nested or caller.uid else list(ROOT_KEEPS)))
+    if not nested:
+        ops.append(("become", caller.uid, caller.gid, list(caller.groups)))
+    ops.append(("no_new_privileges",))
+    return tuple(ops)
+
+
+def _root(directory: str) -> str:
+    """ttp's own directory above one gateway's, where those of other gateways are too."""
+    path = PurePosixPath(directory)
+    return str(path.parents[1] if path.parent.name == "gateways" else path)
+
+
+def hosts_by_dns(nsswitch: str) -> str:
+    """nsswitch.conf(5) with names looked up in /etc/hosts and by DNS, and by nothing else."""
+    kept = [line for line in nsswitch.splitlines() if not re.match(r"\s*hosts\s*:", line)]
+    return "\n".join([*kept, "hosts: files dns", ""])

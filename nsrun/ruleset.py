@@ -1,0 +1,316 @@
+"""The nftables ruleset: a policy and a capture point in, the text of whole tables out. Pure.
+
+One renderer serves every target. They differ in where packets are caught:
+
+FromInterface   packets arrive on a wire we own (a command's or a container's link)
+OwnOutput       packets are born in this namespace (the whole host), Tor's own excepted
+
+Every rule's comment begins with the promise it keeps (docs/threat-model.md), so that
+``nft list ruleset`` explains itself and a reader of the kernel's state can check it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from nsrun.address import AddressBlock
+
+TRANS_PORT = 9040
+DNS_PORT = 9053
+
+# Reserved and private destinations (IANA special-purpose registries, RFC 6890). Tor would refuse
+# them too, but only after it accepted the connection: a refusal here reaches the program at once.
+PRIVATE4 = (
+    "0.0.0.0/8",
+    "10.0.0.0/8",
+    "100.64.0.0/10",
+    "127.0.0.0/8",
+    "169.254.0.0/16",
+    "172.16.0.0/12",
+    "192.0.0.0/24",
+    "192.168.0.0/16",
+    "198.18.0.0/15",
+    "224.0.0.0/3",
+)
+PRIVATE6 = ("::/127", "::ffff:0.0.0.0/96", "64:ff9b::/96", "fc00::/7", "fe80::/10", "ff00::/8")
+
+
+@dataclass(frozen=True)
+class FromInterface:
+    """Packets that arrive on the links named ``prefix``*; Tor itself leaves by ``uplink``."""
+
+    prefix: str
+    uplink: str
+
+    nat_hook = "prerouting priority -100"
+    rest_hook = "prerouting priority -90"
+
+    @property
+    def caught(self) -> str:
+        return f'iifname "{self.prefix}*" '
+
+    def exempt(self) -> Iterator[str]:
+        yield from ()
+
+
+@dataclass(frozen=True)
+class OwnOutput:
+    """Packets born in this namespace, but for those of Tor's own user.
+
+    Caught is whatever is not exempted, so that packets without a socket (resets, ICMP errors),
+    which no match on a user can see, are caught too. Loopback is exempted by interface, never
+    by address. What was redirected to loopback must pass by its conntrack status: the output
+    hook still sees the interface from before the redirect.
+    """
+
+    tor_uid: int
+
+    nat_hook = "output priority -100"
+    rest_hook = "output priority 0"
+    caught = ""
+
+    def exempt(self) -> Iterator[str]:
+        yield _rule("P4 loopback, by interface", 'oifname "lo" accept')
+        yield _rule("P1 Tor itself leaves", f"meta skuid {self.tor_uid} meta l4proto tcp accept")
+
+
+Capture = FromInterface | OwnOutput
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is let through, and where to: Tor's listeners and the ranges that mean .onion.
+
+    ``tor_uid`` is the user that Tor runs as, in the user namespace that loads the rules.
+    """
+
+    trans4: str
+    trans6: str
+    dns4: str
+    dns6: str
+    automap4: str
+    automap6: str
+    tor_uid: int
+    table: str = "ttp"
+
+
+def gateway_policy(block: AddressBlock, tor_uid: int) -> Policy:
+    """The policy of a gateway namespace, where Tor listens on the gateway's link address."""
+    return Policy(
+        trans4=f"{block.gateway}:{TRANS_PORT}",
+        trans6=f"[{block.gateway6}]:{TRANS_PORT}",
+        dns4=f"{block.gateway}:{DNS_PORT}",
+        dns6=f"[{block.gateway6}]:{DNS_PORT}",
+        automap4=str(block.automap),
+        automap6=str(block.automap6),
+        tor_uid=tor_uid,
+    )
+
+
+def render(policy: Policy, at: Capture) -> str:
+    """The whole table, to be loaded by one ``nft -f -``: it replaces an older one in one step."""
+    chains = [
+        _chain("catch", "nat", at.nat_hook, "accept", _redirects(policy, at)),
+        _chain("rest", "filter", at.rest_hook, "accept", _refusals(at)),
+        _chain("forward", "filter", "forward priority 0", "drop"),
+    ]
+    if isinstance(at, FromInterface):
+        chains += [
+            _chain("sources", "filter", "prerouting priority -300", "accept", _sources(at)),
+            _chain("identity", "nat", "input priority 100", "accept", _identities()),
+            _chain("input", "filter", "input priority 0", "drop", _input(at)),
+            _chain("output", "filter", "output priority 0", "drop", _output(policy, at)),
+        ]
+        body = _sets() + "".join(chains)
+    else:
+        body = "".join(chains)
+    return _table(policy.table, body)
+
+
+def render_closed(table: str = "ttp") -> str:
+    """The table to start from and to fall back to: loopback, and not one packet more (P4)."""
+    why = "P4 closed: loopback only"
+    return _table(
+        table,
+        _chain("input", "filter", "input priority 0", "drop", [_rule(why, 'iifname "lo" accept')])
+        + _chain("forward", "filter", "forward priority 0", "drop")
+        + _chain(
+            "output", "filter", "output priority 0", "drop", [_rule(why, 'oifname "lo" accept')]
+        ),
+    )
+
+
+def render_workload(policy: Policy, interface: str = "eth0") -> str:
+    """Inside a workload: resolvers on loopback (127.0.0.53, 127.0.0.11) are the gateway's.
+
+    Not a guard, those are all in the gateway: a program with such an address in an old
+    resolv.conf would otherwise get no answer.
+    """
+    gateway = policy.dns4.rpartition(":")[0]
+    catch = f"ip daddr 127.0.0.0/8 udp dport 53 dnat ip to {gateway}:53"
+    leave = f'oifname "{interface}" ip saddr 127.0.0.0/8 masquerade'
+    return _table(
+        policy.table,
+        _chain(
+            "catch",
+            "nat",
+            "output priority -100",
+            "accept",
+            [_rule("P2 a local resolver is the gateway's", catch)],
+        )
+        + _chain(
+            "leave",
+            "nat",
+            "postrouting priority 100",
+            "accept",
+            [_rule("P2 so that its answers return", leave)],
+        ),
+    )
+
+
+def add_link(name: str, address4: str, address6: str, table: str = "ttp") -> str:
+    """Let the link ``name`` speak, and only as these two addresses."""
+    return (
+        f'add element inet {table} sources4 {{ "{name}" . {address4} }}\n'
+        f'add element inet {table} sources6 {{ "{name}" . {address6} }}\n'
+    )
+
+
+def remove_link(name: str, address4: str, address6: str, table: str = "ttp") -> str:
+    return (
+        f'delete element inet {table} sources4 {{ "{name}" . {address4} }}\n'
+        f'delete element inet {table} sources6 {{ "{name}" . {address6} }}\n'
+    )
+
+
+def set_identity(link: str, identity: str, previous: str | None, table: str = "ttp") -> str:
+    """From its next connection on, Tor sees the workload at ``link`` as ``identity`` (P7)."""
+    name = "identities6" if ":" in link else "identities4"
+    lines = [f"add element inet {table} {name} {{ {link} : {identity} }}\n"]
+    if previous is not None:  # one transaction: no connection falls between the two
+        lines.insert(0, f"delete element inet {table} {name} {{ {link} : {previous} }}\n")
+    return "".join(lines)
+
+
+def drop_identity(link: str, identity: str, table: str = "ttp") -> str:
+    name = "identities6" if ":" in link else "identities4"
+    return f"delete element inet {table} {name} {{ {link} : {identity} }}\n"
+
+
+def outline(text: str) -> tuple[str, ...]:
+    """What must survive the way into the kernel and back: chains, hooks, policies and comments.
+
+    Works on rendered text and on the answer of ``nft list table`` alike, so the two can be
+    compared (P12). Numbers that nft prints by name (priorities) are left out.
+    """
+    found = []
+    for line in text.splitlines():
+        words = line.strip()
+        if match := re.match(r"chain (\S+) \{", words):
+            found.append(f"chain {match[1]}")
+        elif match := re.match(r"type (\S+) hook (\S+) priority [^;]+;(?: policy (\S+);)?", words):
+            found.append(f"{match[1]} {match[2]} {match[3]}")
+        elif match := re.search(r'comment "([^"]*)"', words):
+            found.append(match[1])
+    return tuple(found)
+
+
+def _redirects(policy: Policy, at: Capture) -> Iterator[str]:
+    """DNS before anything, whatever its address: a resolver on the LAN is a resolver. Then .onion,
+    whose virtual addresses are private ones; then private addresses fall through to be refused."""
+    yield from at.exempt()
+    families = (
+        ("ipv4", "ip", policy.dns4, policy.trans4, policy.automap4, PRIVATE4),
+        ("ipv6", "ip6", policy.dns6, policy.trans6, policy.automap6, PRIVATE6),
+    )
+    for name, ip, dns, trans, automap, private in families:
+        yield _rule(
+            f"P2 DNS goes to Tor, {name}",
+            f"{at.caught}meta nfproto {name} udp dport 53 dnat {ip} to {dns}",
+        )
+        yield _rule(
+            f"P1 .onion goes to Tor, {name}",
+            f"{at.caught}{ip} daddr {automap} meta l4proto tcp dnat {ip} to {trans}",
+        )
+        yield _rule(
+            f"P5 private addresses are refused below, {name}",
+            f"{at.caught}{ip} daddr {{ {', '.join(private)} }} return",
+        )
+        yield _rule(
+            f"P1 TCP goes to Tor, {name}",
+            f"{at.caught}meta nfproto {name} meta l4proto tcp dnat {ip} to {trans}",
+        )
+
+
+def _refusals(at: Capture) -> Iterator[str]:
+    """After the redirects: what was not redirected is refused, fast, so that programs fall back.
+
+    An invalid packet belongs to no flow that conntrack remembers; NAT would not touch it, which
+    is how FIN, RST and late data of a redirected connection leaked in 2014 (tor-talk 032503).
+    """
+    yield from at.exempt()
+    yield _rule("P3 packets of no known flow", f"{at.caught}ct state invalid drop")
+    yield _rule("P1 P2 what was redirected", f"{at.caught}ct status dnat accept")
+    yield _rule("P3 other TCP is refused", f"{at.caught}meta l4proto tcp reject with tcp reset")
+    yield _rule("P3 all else is refused", f"{at.caught}reject with icmpx admin-prohibited")
+
+
+def _sets() -> str:
+    return (
+        " set sources4 { type ifname . ipv4_addr; }\n"
+        " set sources6 { type ifname . ipv6_addr; }\n"
+        " map identities4 { type ipv4_addr : ipv4_addr; }\n"
+        " map identities6 { type ipv6_addr : ipv6_addr; }\n"
+    )
+
+
+def _sources(at: FromInterface) -> Iterator[str]:
+    """Before conntrack sees anything: a link speaks only as itself."""
+    itself = "P5 a link speaks only as itself"
+    yield _rule(f"{itself}, ipv4", f"{at.caught}iifname . ip saddr @sources4 accept")
+    yield _rule(f"{itself}, ipv6", f"{at.caught}iifname . ip6 saddr @sources6 accept")
+    yield _rule("P5 no spoofing, no link-local", f"{at.caught}drop")
+
+
+def _identities() -> Iterator[str]:
+    yield _rule("P7 a renewed identity, ipv4", "snat ip to ip saddr map @identities4")
+    yield _rule("P7 a renewed identity, ipv6", "snat ip6 to ip6 saddr map @identities6")
+
+
+def _input(at: FromInterface) -> Iterator[str]:
+    known = "nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert"
+    yield _rule("P4 loopback, by interface", 'iifname "lo" accept')
+    yield _rule("P5 only what was redirected reaches Tor", f"{at.caught}ct status dnat accept")
+    yield _rule("P4 answers to Tor", f'iifname "{at.uplink}" ct state established,related accept')
+    yield _rule(
+        "P4 neighbours of the uplink", f'iifname "{at.uplink}" icmpv6 type {{ {known} }} accept'
+    )
+
+
+def _output(policy: Policy, at: FromInterface) -> Iterator[str]:
+    known = "nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert"
+    yield _rule("P4 loopback, by interface", 'oifname "lo" accept')
+    yield _rule("P3 answers and refusals to workloads", f'oifname "{at.prefix}*" accept')
+    yield _rule(
+        "P4 only Tor leaves, only by TCP",
+        f'oifname "{at.uplink}" meta skuid {policy.tor_uid} meta l4proto tcp accept',
+    )
+    yield _rule(
+        "P4 neighbours of the uplink", f'oifname "{at.uplink}" icmpv6 type {{ {known} }} accept'
+    )
+
+
+def _rule(why: str, rule: str) -> str:
+    return f'{rule} comment "{why}"'
+
+
+def _chain(name: str, kind: str, hook: str, policy: str, rules: Iterable[str] = ()) -> str:
+    lines = [f" chain {name} {{", f"  type {kind} hook {hook}; policy {policy};"]
+    return "\n".join([*lines, *(f"  {rule}" for rule in rules), " }", ""])
+
+
+def _table(name: str, body: str) -> str:
+    # `table` first, so that `delete` never fails; nft 1.0.6 knows no `destroy`
+    return f"table inet {name}\ndelete table inet {name}\ntable inet {name} {{\n{body}}}\n"

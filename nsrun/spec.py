@@ -1,0 +1,93 @@
+"""What the user asked for: plain values, checked when they are made. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from nsrun.errors import UsageError
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}", re.IGNORECASE)
+
+
+def check_name(kind: str, name: str) -> str:
+    """``name``, if it can be part of a path and of an interface's alias. Raises UsageError."""
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"use {name!r} as the name of a {kind}",
+            "a name is 1 to 32 letters, digits, '.', '_' or '-', the first a letter or digit",
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class LabUplink:
+    """A link to the LAN of a lab: ``bridge`` in the network namespace at ``netns``.
+
+    ``address`` and ``address6`` carry their prefix length (192.0.2.1/24).
+    """
+
+    netns: str
+    bridge: str
+    address: str
+    router: str
+    address6: str = ""
+    router6: str = ""
+
+
+UPLINKS = ("pasta", "slirp4netns", "veth")
+
+
+@dataclass(frozen=True)
+class GatewaySpec:
+    """A gateway: its directories, how its Tor reaches the network and how long it may idle.
+
+    ``uplinks`` are tried in order, by name or as a LabUplink. ``idle`` is in seconds; 0 means
+    that the gateway stays until it is told to go. ``bootstrap`` is how long a start may take.
+    ``ca_bundle`` is a file of certificate authorities that workloads trust instead of the host's.
+    """
+
+    name: str
+    runtime: str
+    state: str
+    uplinks: tuple[str | LabUplink, ...] = UPLINKS[:2]
+    torrc: str = ""
+    idle: float = 600.0
+    ca_bundle: str = ""
+
+    def __post_init__(self) -> None:
+        check_name("gateway", self.name)
+        for uplink in self.uplinks:
+            if isinstance(uplink, str) and uplink not in UPLINKS:
+                raise UsageError("choose an uplink", f"{uplink!r} is none of {', '.join(UPLINKS)}")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One ``ttp run``. ``user`` is a name or a number; None means the one who calls."""
+
+    command: tuple[str, ...]
+    gateway: str = "default"
+    name: str | None = None
+    user: str | None = None
+    ipv6: bool = True
+    bootstrap_timeout: float = 180.0
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        check_name("gateway", self.gateway)
+        if self.name is not None:
+            check_name("workload", self.name)
+        if not self.command:
+            raise UsageError("run", "no command given", "ttp run -- COMMAND [ARGUMENTS…]")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whom a command runs as. ``bus`` is the path of the user's D-Bus socket, if there is one."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    bus: str = ""
+    runtime_dir: str = ""

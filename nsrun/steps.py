@@ -1,0 +1,208 @@
+"""The closed set of steps that a plan is made of: frozen values that can be printed. Pure.
+
+Every step says in which network namespace it runs, by name: ``host``, ``gateway``, ``workload``.
+``describe()`` is the line for ``ttp plan`` and ``-v``: a command that does the same by hand.
+``undo()`` is the step that takes it back; each undo step succeeds when there is nothing to undo.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nsrun.spec import LabUplink
+
+
+@dataclass(frozen=True)
+class MakeNamespace:
+    """A new network namespace. It has no name in the kernel; it goes with its last user."""
+
+    name: str
+
+    def describe(self) -> str:
+        return f"ip netns add {self.name}"
+
+    def undo(self) -> Step | None:
+        return DropNamespace(self.name)
+
+
+@dataclass(frozen=True)
+class DropNamespace:
+    name: str
+
+    def describe(self) -> str:
+        return f"ip netns del {self.name}"
+
+    def undo(self) -> Step | None:
+        return None
+
+
+@dataclass(frozen=True)
+class SetSysctl:
+    """A kernel parameter of one namespace; it goes with the namespace. Source: ip-sysctl.rst."""
+
+    where: str
+    key: str
+    value: str
+
+    def describe(self) -> str:
+        return f"ip netns exec {self.where} sysctl -w {self.key}={self.value}"
+
+    def undo(self) -> Step | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Ip:
+    """One ``ip -batch`` in a namespace; ``@name`` stands for the path of another namespace.
+
+    Links, addresses and routes made here go with the namespace they are in.
+    """
+
+    where: str
+    commands: tuple[str, ...]
+
+    def describe(self) -> str:
+        lines = (f"ip -n {self.where} {command.replace('@', '')}" for command in self.commands)
+        return "\n".join(lines)
+
+    def undo(self) -> Step | None:
+        return None
+
+
+@dataclass(frozen=True)
+class LoadRules:
+    """One nft transaction. A whole table is read back afterwards and compared (P12)."""
+
+    where: str
+    text: str
+    inverse: str = ""
+
+    def describe(self) -> str:
+        return f"ip netns exec {self.where} nft -f - <<'EOF'\n{self.text}EOF"
+
+    def undo(self) -> Step | None:
+        return DropRules(self.where, self.inverse) if self.inverse else None
+
+
+@dataclass(frozen=True)
+class DropRules:
+    """Takes elements out of a set; somebody else may have flushed them already."""
+
+    where: str
+    text: str
+
+    def describe(self) -> str:
+        return f"ip netns exec {self.where} nft -f - <<'EOF'\n{self.text}EOF"
+
+    def undo(self) -> Step | None:
+        return None
+
+
+@dataclass(frozen=True)
+class MakeDirectory:
+    """A directory of ours; it is kept (guards) or removed with the gateway's runtime directory."""
+
+    path: str
+    mode: int
+    uid: int
+    gid: int
+
+    def describe(self) -> str:
+        return f"install -d -m {self.mode:o} -o {self.uid} -g {self.gid} {self.path}"
+
+    def undo(self) -> Step | None:
+        return None
+
+
+@dataclass(frozen=True)
+class WriteFile:
+    path: str
+    text: str
+    mode: int
+    uid: int
+    gid: int
+
+    def describe(self) -> str:
+        owner = f"-m {self.mode:o} -o {self.uid} -g {self.gid}"
+        return f"install {owner} /dev/stdin {self.path} <<'EOF'\n{self.text}EOF"
+
+    def undo(self) -> Step | None:
+        return RemoveFile(self.path)
+
+
+@dataclass(frozen=True)
+class RemoveFile:
+    path: str
+
+    def describe(self) -> str:
+        return f"rm -f {self.path}"
+
+    def undo(self) -> Step | None:
+        return None
+
+
+@dataclass(frozen=True)
+class StartUplink:
+    """The first of ``candidates`` that gives the gateway an address and a default route."""
+
+    candidates: tuple[str | LabUplink, ...]
+
+    def describe(self) -> str:
+        names = [
+            c if isinstance(c, str) else f"lab ({c.address} on {c.bridge})" for c in self.candidates
+        ]
+        return f"start uplink: {', else '.join(names)}"
+
+    def undo(self) -> Step | None:
+        return StopProcess("uplink")
+
+
+@dataclass(frozen=True)
+class StartTor:
+    """Tor in the gateway namespace: no capability, no new privileges, dies with the supervisor."""
+
+    torrc: str
+    uid: int
+    gid: int
+
+    def command(self) -> tuple[str, ...]:
+        """The whole command line: setpriv(1) gives up what Tor does not need, then execs it."""
+        user = (f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups")
+        return (
+            *("setpriv", *(user if self.uid else ())),  # rootless: there is no other user to be
+            *("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--pdeathsig=KILL"),
+            *("tor", "--defaults-torrc", "/dev/null", "--hush", "-f", self.torrc),
+        )
+
+    def describe(self) -> str:
+        return f"ip netns exec gateway {' '.join(self.command())}"
+
+    def undo(self) -> Step | None:
+        return StopProcess("tor")
+
+
+@dataclass(frozen=True)
+class StopProcess:
+    name: str
+
+    def describe(self) -> str:
+        return f"stop {self.name}"
+
+    def undo(self) -> Step | None:
+        return None
+
+
+Step = (
+    MakeNamespace
+    | DropNamespace
+    | SetSysctl
+    | Ip
+    | LoadRules
+    | DropRules
+    | MakeDirectory
+    | WriteFile
+    | RemoveFile
+    | StartUplink
+    | StartTor
+    | StopProcess
+)

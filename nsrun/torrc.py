@@ -1,0 +1,137 @@
+"""The torrc of a gateway, and what a foreign fragment may not say. Pure. Source: tor(1), 0.4.9."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nsrun.address import AddressBlock
+from nsrun.errors import UsageError
+from nsrun.ruleset import DNS_PORT, TRANS_PORT
+
+
+@dataclass(frozen=True)
+class TorConfig:
+    """What the Tor of one gateway needs to know. Paths are absolute."""
+
+    block: AddressBlock
+    data: str
+    control: str
+    owner: int
+    ipv6: bool
+    fragment: str = ""
+
+
+def render(config: TorConfig) -> str:
+    """The whole torrc.
+
+    Listeners are fixed and bound to the exact link address: Tor answers DNS from the address it
+    listens on, and a later change of listeners by SETCONF can fail half way. One SessionGroup for
+    all of them, so that a name and the connection to it share a circuit; circuits are isolated
+    by client address, which is Tor's default.
+    """
+    block = config.block
+    lines = [
+        f"DataDirectory {_quoted(config.data)}",
+        f"ControlSocket {_quoted(config.control)}",
+        "CookieAuthentication 1",
+        f"__OwningControllerProcess {config.owner}",
+        "ClientOnly 1",
+        "SocksPort 0",
+        *(f"TransPort {at}:{TRANS_PORT} SessionGroup=1" for at in _hosts(block)),
+        *(f"DNSPort {at}:{DNS_PORT} SessionGroup=1" for at in _hosts(block)),
+        "AutomapHostsOnResolve 1",
+        "AutomapHostsSuffixes .onion",
+        f"VirtualAddrNetworkIPv4 {block.automap}",
+        f"VirtualAddrNetworkIPv6 [{block.automap6.network_address}]/{block.automap6.prefixlen}",
+        f"ClientUseIPv6 {int(config.ipv6)}",
+        "ClientRejectInternalAddresses 1",
+        "ClientDNSRejectInternalAddresses 1",
+        "ShutdownWaitLength 0",
+        "Log notice stdout",
+    ]
+    return "\n".join([*lines, config.fragment.strip(), ""])
+
+
+# An option belongs here if a fragment could break a promise with it; the reason is shown.
+REFUSED = {
+    "SocksPort": "P5: a listener that no workload is isolated on",
+    "SOCKSListenAddress": "P5: a listener that no workload is isolated on",
+    "HTTPTunnelPort": "P5: a listener that no workload is isolated on",
+    "NATDPort": "P5: a listener that no workload is isolated on",
+    "NATDListenAddress": "P5: a listener that no workload is isolated on",
+    "TransPort": "P1: it is set by the gateway",
+    "TransListenAddress": "P1: it is set by the gateway",
+    "TransProxyType": "P1: it is set by the gateway",
+    "DNSPort": "P2: it is set by the gateway",
+    "DNSListenAddress": "P2: it is set by the gateway",
+    "ControlPort": "P5: control sockets are Unix sockets of the gateway only",
+    "ControlListenAddress": "P5: control sockets are Unix sockets of the gateway only",
+    "ControlSocket": "P5: it is set by the gateway",
+    "ControlSocketsGroupWritable": "P5: only the supervisor controls Tor",
+    "CookieAuthentication": "P5: only the supervisor controls Tor",
+    "CookieAuthFile": "P5: only the supervisor controls Tor",
+    "CookieAuthFileGroupReadable": "P5: only the supervisor controls Tor",
+    "HashedControlPassword": "P5: only the supervisor controls Tor",
+    "__OwningControllerProcess": "P4: Tor must die with the supervisor",
+    "DataDirectory": "P8: it is set by the gateway",
+    "CacheDirectory": "P8: it is set by the gateway",
+    "KeyDirectory": "P8: it is set by the gateway",
+    "PidFile": "P8: a file that nobody removes",
+    "User": "P10: the supervisor chooses the user",
+    "RunAsDaemon": "P4: Tor must stay a child of the supervisor",
+    "KeepBindCapabilities": "P10: Tor has no capabilities",
+    "DisableDebuggerAttachment": "P5: a workload could read Tor's memory",
+    "AutomapHostsOnResolve": "P2: it is set by the gateway",
+    "AutomapHostsSuffixes": "P2: it is set by the gateway",
+    "VirtualAddrNetwork": "P1: it is set by the gateway",
+    "VirtualAddrNetworkIPv4": "P1: it is set by the gateway",
+    "VirtualAddrNetworkIPv6": "P1: it is set by the gateway",
+    "ClientRejectInternalAddresses": "P5: exits could reach private addresses",
+    "ClientDNSRejectInternalAddresses": "P5: exits could name private addresses",
+    "TestingTorNetwork": "P5: it switches several of Tor's own safeguards off",
+    "__LeaveStreamsUnattached": "P7: circuits are chosen by Tor's isolation",
+    "TrackHostExits": "P7: it keeps circuits for longer than their isolation",
+    "ORPort": "P3: the gateway takes no connections",
+    "DirPort": "P3: the gateway takes no connections",
+    "ExtORPort": "P3: the gateway takes no connections",
+    "MetricsPort": "P5: a listener of the gateway",
+    "BridgeRelay": "P3: the gateway takes no connections",
+    "ExitRelay": "P3: the gateway takes no connections",
+    "HiddenServiceDir": "P5: it would lead strangers into the gateway",
+    "HiddenServicePort": "P5: it would lead strangers into the gateway",
+    "ServerTransportPlugin": "P3: the gateway takes no connections",
+    "%include": "it would bring in lines that were not checked",
+}
+
+
+def check_fragment(text: str, source: str) -> str:
+    """The fragment, if none of its options would break a promise.
+
+    Tor takes any unambiguous beginning of a name for the name, in any case and with a leading
+    ``+`` or ``/``, so beginnings are refused as well. Raises UsageError naming option and line.
+    """
+    refused = {name.lower(): name for name in REFUSED}
+    continued = False
+    for number, line in enumerate(text.splitlines(), 1):
+        word = "" if continued else (line.split("#")[0].split() or [""])[0]
+        continued = line.split("#")[0].rstrip().endswith("\\")
+        key = word.lstrip("+/").lower()
+        if not key or key == "bridge":  # an option itself, not the beginning of BridgeRelay
+            continue
+        name = next((refused[full] for full in refused if full.startswith(key)), None)
+        if name is not None:
+            raise UsageError(
+                f"use the torrc fragment {source}",
+                f"line {number}: {word} is not allowed ({REFUSED[name]})",
+                "remove that line",
+            )
+    return text
+
+
+def _hosts(block: AddressBlock) -> tuple[str, str]:
+    return str(block.gateway), f"[{block.gateway6}]"
+
+
+def _quoted(path: str) -> str:
+    escaped = path.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

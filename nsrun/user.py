@@ -1,0 +1,45 @@
+"""Whom a command runs as, and what that changes in its environment."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from dataclasses import replace
+from typing import Any
+
+from nsrun.errors import UsageError
+from nsrun.spec import Caller, RunSpec
+
+
+def resolve(spec: RunSpec, asked: dict[str, Any], nested: bool) -> tuple[Caller, dict[str, str]]:
+    """The user of the command, and the variables to set in its environment.
+
+    ``asked`` is what client.caller() found. Root's command runs as ``--user``, else as whoever
+    called sudo, else as root. Raises UsageError when there is no such user, or no right to it.
+    """
+    caller = Caller(
+        uid=asked["uid"],
+        gid=asked["gid"],
+        groups=tuple(asked["groups"]),
+        bus=asked["bus"],
+        runtime_dir=asked["runtime_dir"],
+    )
+    wanted = spec.user if spec.user is not None else asked["sudo_uid"]
+    if wanted == -1:
+        return caller, {}
+    if nested or caller.uid != 0:
+        raise UsageError(f"run as the user {wanted}", "only root can", "use sudo")
+    try:
+        number = int(wanted)
+    except ValueError:
+        number = -1
+    try:
+        user = pwd.getpwnam(str(wanted)) if number < 0 else pwd.getpwuid(number)
+    except KeyError:
+        raise UsageError(f"run as the user {wanted}", "there is no such user") from None
+    groups = tuple(os.getgrouplist(user.pw_name, user.pw_gid))
+    if user.pw_uid != caller.uid:
+        caller = replace(caller, uid=user.pw_uid, gid=user.pw_gid, groups=groups)
+        runtime = f"/run/user/{user.pw_uid}"
+        caller = replace(caller, runtime_dir=runtime, bus="")
+    return caller, {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}

@@ -1,0 +1,94 @@
+"""What is rendered is compared to files in this folder; review a change as a diff of those.
+
+``make golden`` rewrites them. A golden cannot see meaning: tests/stories can.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from nsrun import ruleset
+from nsrun.address import BLOCKS
+from nsrun.plan import Facts, make_plan
+from nsrun.ruleset import FromInterface, OwnOutput
+from nsrun.spec import Caller, GatewaySpec, LabUplink
+
+Golden = Callable[[str, str], None]
+
+POLICY = ruleset.gateway_policy(BLOCKS[0], tor_uid=107)
+HOST = replace(POLICY, trans4="127.0.0.1:9041", trans6="[::1]:9041", dns4="127.0.0.1:9054")
+RULESETS = {
+    "gateway": ruleset.render(POLICY, FromInterface("w", "uplink")),
+    "gateway-second-block": ruleset.render(
+        ruleset.gateway_policy(BLOCKS[1], tor_uid=0), FromInterface("w", "uplink")
+    ),
+    "host": ruleset.render(replace(HOST, dns6="[::1]:9054"), OwnOutput(107)),
+    "closed": ruleset.render_closed(),
+    "workload": ruleset.render_workload(POLICY),
+}
+
+FACTS = Facts(
+    supervisor=4242,
+    tor_uid=107,
+    tor_gid=113,
+    networks=("192.168.1.20/24",),
+    ipv6=True,
+    nsswitch="passwd: files\nhosts: files mdns4_minimal [NOTFOUND=return] dns\n",
+)
+ROOT = Caller(0, 0, (0,))
+SUDO = Caller(1000, 1000, (27, 1000), runtime_dir="/run/user/1000")
+USER = replace(SUDO, bus="/tmp/bus")
+GATEWAY = GatewaySpec("default", "/run/ttp/gateways/default", "/var/lib/ttp/gateways/default")
+USERS = GatewaySpec(
+    "default", "/run/user/1000/ttp/gateways/default", "/home/u/.local/state/ttp/gateways/default"
+)
+LAB = LabUplink(
+    "/run/netns/router", "lan0", "192.168.77.50/24", "192.168.77.1", "fd00::50/64", "fd00::1"
+)
+PLANS = {
+    "root": make_plan(GATEWAY, FACTS, ROOT, nested=False),
+    "sudo": make_plan(GATEWAY, FACTS, SUDO, nested=False),
+    "rootless": make_plan(USERS, replace(FACTS, tor_uid=0, tor_gid=0), USER, nested=True),
+    "lab": make_plan(
+        replace(USERS, name="lab", uplinks=(LAB,), torrc="ExitNodes lab1\n"),
+        replace(FACTS, tor_uid=0, tor_gid=0, networks=("10.66.0.1/16",)),
+        USER,
+        nested=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULESETS)
+def test_ruleset(name: str, golden: Golden) -> None:
+    """The text of every ruleset is known, rule by rule."""
+    golden(f"{name}.nft", RULESETS[name])
+
+
+@pytest.mark.parametrize("name", RULESETS)
+def test_ruleset_is_accepted_and_comes_back(name: str) -> None:
+    """The real nft takes every ruleset, twice over, and lists what was sent (P12)."""
+    text = RULESETS[name]
+    script = "nft -f - <<E\n" + text + text + "E\nnft list table inet ttp"
+    command = ("unshare", "-rn", "sh", "-c", f"PATH=$PATH:/usr/sbin; {script}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert not done.stderr
+    assert ruleset.outline(done.stdout) == ruleset.outline(text)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plan(name: str, golden: Golden) -> None:
+    """Every step, in order, for each kind of caller."""
+    plan = PLANS[name]
+    lines = [
+        "# gateway",
+        *(step.describe() for step in plan.gateway),
+        "# workload",
+        *(step.describe() for step in plan.workload),
+        "# enter",
+        *(repr(op) for op in plan.enter),
+    ]
+    golden(f"{name}.plan", "\n".join(lines) + "\n")
