@@ -1,0 +1,78 @@
+"""The command line interface: the only place that prints. Imported off the hot path."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from nsrun import __version__
+from nsrun.cli import gateway, lab, run
+from nsrun.errors import ExitCode, NsrunError
+
+app = typer.Typer(
+    name="ttp",
+    help="Put a command behind Tor, and prove that nothing leaks.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(gateway.app, name="gateway")
+app.add_typer(lab.app, name="lab")
+app.command("run", context_settings=run.CONTEXT)(run.run)
+app.command("plan", context_settings=run.CONTEXT)(run.plan)
+app.command("ps")(gateway.ps)
+app.command("refresh")(gateway.refresh)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"ttp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show a traceback when ttp itself fails.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """Run the command line. Every failure is one line, a hint and an exit code."""
+    debug = "--debug" in sys.argv[1:2]
+    running = sys.argv[1 + debug : 2 + debug] == ["run"]
+    try:
+        code = app(prog_name="ttp", standalone_mode=False)
+    except NsrunError as error:
+        if debug:
+            traceback.print_exc()
+        code = _fail(str(error), error.hint, error.code)
+    except TyperException as error:
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "ttp"
+        message = error.format_message().rstrip(".").replace("\n", " ")
+        code = _fail(message[:1].lower() + message[1:], f"{path} --help", ExitCode.USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(ExitCode.INTERRUPTED)
+    except Exception as error:
+        if debug:
+            raise
+        hint = "run with --debug for a traceback, and report it"
+        code = _fail(f"an unforeseen error: {type(error).__name__}: {error}", hint, ExitCode.FAILED)
+    sys.exit(ExitCode.RUN_FAILED if running and code else code)
+
+
+def _fail(message: str, hint: str, code: int) -> int:
+    print(f"ttp: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return code

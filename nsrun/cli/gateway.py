@@ -1,0 +1,161 @@
+"""``ttp gateway``, and the commands about a gateway's workloads."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nsrun import client, paths
+from nsrun.errors import UsageError
+
+app = typer.Typer(help="Gateways: where Tor runs.")
+
+Named = Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the gateway.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Gateway = Annotated[
+    str | None, typer.Option("--gateway", "-g", help="Only of this gateway; else of all.")
+]
+
+
+@app.command()
+def up(
+    name: Named = "default",
+    uplink: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--uplink", help="pasta, slirp4netns or veth; several are tried in this order."
+        ),
+    ] = None,
+    torrc: Annotated[
+        Path | None,
+        typer.Option("--torrc", help="File with more options for Tor.", dir_okay=False),
+    ] = None,
+    idle: Annotated[
+        float, typer.Option("--idle", min=0, help="Stop after so many unused seconds; 0: never.")
+    ] = 0.0,
+    bootstrap_timeout: Annotated[
+        float, typer.Option("--bootstrap-timeout", min=0, help="Seconds to wait for Tor.")
+    ] = 180.0,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show every effect, as it happens.")
+    ] = False,
+) -> None:
+    """Start the gateway NAME and wait until its Tor is ready."""
+    from dataclasses import replace
+
+    from nsrun.gateway import control
+    from nsrun.torrc import check_fragment
+
+    spec = control.default_spec(name)
+    if uplink:
+        spec = replace(spec, uplinks=tuple(uplink))
+    if torrc is not None:
+        try:
+            text = torrc.read_text()
+        except OSError as error:
+            raise UsageError(f"read the torrc fragment {torrc}", error.strerror) from error
+        spec = replace(spec, torrc=check_fragment(text, str(torrc)))
+    if name in control.running():
+        raise UsageError(f"start the gateway {name}", "it is up", f"ttp gateway down {name}")
+    control.start(replace(spec, idle=idle), echo=client.echo if verbose else None)
+    control.ask(name, {"do": "wait", "timeout": bootstrap_timeout})
+
+
+@app.command()
+def down(name: Named = "default") -> None:
+    """Stop the gateway NAME. Its workloads keep running, and reach nothing."""
+    from nsrun.gateway import control
+
+    control.stop(name)
+
+
+@app.command("ls")
+def list_(as_json: Json = False) -> None:
+    """List the gateways that run."""
+    from nsrun.gateway import control
+
+    found = [control.ask(name, {"do": "inspect"}) for name in control.running()]
+    rows = [
+        (
+            gateway["name"],
+            "ready" if gateway["ready"] else f"{gateway['tor'].get('percent', 0)} %",
+            gateway["uplink"]["kind"],
+            str(len(gateway["workloads"])),
+        )
+        for gateway in found
+    ]
+    _show(found if as_json else None, ("NAME", "TOR", "UPLINK", "WORKLOADS"), rows)
+
+
+@app.command()
+def logs(name: Named = "default") -> None:
+    """Print the log of the gateway NAME, of its last run if it is down."""
+    from nsrun.gateway import control
+
+    path = Path(paths.log(control.default_spec(name).state))
+    try:
+        sys.stdout.write(path.read_text(errors="replace"))
+    except FileNotFoundError:
+        raise UsageError(f"read the log of the gateway {name}", "it never ran") from None
+
+
+@app.command()
+def inspect(name: Named = "default") -> None:
+    """Print all that is known of the gateway NAME, as JSON."""
+    from nsrun.gateway import control
+
+    print(json.dumps(control.ask(name, {"do": "inspect"}), indent=2))
+
+
+def ps(gateway: Gateway = None, as_json: Json = False) -> None:
+    """List the workloads: name, process, identity (as Tor sees it), age and command."""
+    from nsrun.gateway import control
+
+    names = [gateway] if gateway else control.running()
+    found: list[dict[str, Any]] = [
+        {"gateway": name, **workload}
+        for name in names
+        for workload in control.ask(name, {"do": "ps"})["workloads"]
+    ]
+    rows = [
+        (
+            workload["name"],
+            workload["gateway"],
+            str(workload["pid"]),
+            workload["identity"][0],
+            f"{time.time() - workload['since']:.0f} s",
+            " ".join(workload["command"])[:60],
+        )
+        for workload in found
+    ]
+    heads = ("NAME", "GATEWAY", "PID", "IDENTITY", "AGE", "COMMAND")
+    _show(found if as_json else None, heads, rows)
+
+
+def refresh(
+    name: Annotated[str, typer.Argument(help="Name of the workload, as ttp ps shows it.")],
+    gateway: Annotated[
+        str, typer.Option("--gateway", "-g", envvar="TTP_GATEWAY", help="Its gateway.")
+    ] = "default",
+) -> None:
+    """Give the workload NAME a new identity: new circuits from its next connection on."""
+    from nsrun.gateway import control
+
+    answer = control.ask(gateway, {"do": "refresh", "name": name})
+    print(f"{name}: {answer['identity'][0]}")
+
+
+def _show(found: object, heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    if found is not None:
+        print(json.dumps(found, indent=2))
+        return
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row in (heads, *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())

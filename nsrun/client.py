@@ -1,0 +1,236 @@
+"""The hot path of ``ttp run``: ask the supervisor for a workload, join it, become the command.
+
+The supervisor, which has the whole command line interface loaded, parses the arguments and answers
+with operations to perform; this process performs them and execs, so that no wrapper stays behind.
+Whenever the supervisor cannot be asked, or finds that the request is not for it, the full
+interface takes over in this same process: there is one definition of every option.
+Imports are counted here: no json, socket, re or pathlib (5 to 6 ms each).
+"""
+
+from __future__ import annotations
+
+import _json
+import _signal  # type: ignore[import-not-found]
+import _socket
+import os
+import sys
+
+from nsrun import __version__, enter, paths
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing costs 6 ms
+    from typing import Any, NoReturn
+
+RUN_FAILED, NOT_EXECUTABLE, NOT_FOUND, INTERRUPTED = 125, 126, 127, 130
+
+
+class RefusedError(Exception):
+    """The supervisor refused: what was being done, why not, what to do, and the exit code."""
+
+    def __init__(self, doing: str, cause: str, hint: str, code: int) -> None:
+        super().__init__(doing, cause, hint, code)
+        self.doing, self.cause, self.hint, self.code = doing, cause, hint, code
+
+
+class NotHereError(Exception):
+    """No supervisor answers, or this request is not for it."""
+
+
+def main() -> NoReturn:
+    """Entry point of the ``ttp`` command."""
+    if sys.argv[1:2] == ["run"]:
+        try:
+            become(sys.argv[2:], _gateway(sys.argv[2:]))
+        except NotHereError:
+            pass
+        except RefusedError as failure:
+            fail(failure)
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
+    import site  # the launcher starts Python without it, to save 3 ms
+
+    site.main()
+    from nsrun.cli import main as full
+
+    full()
+    raise AssertionError("the command line interface returned")
+
+
+def become(arguments: list[str], gateway: str) -> NoReturn:
+    """Carry out ``ttp run ARGUMENTS`` on a gateway that is already there.
+
+    Raises NotHereError when there is none to ask, and RefusedError when it refuses. After that
+    there is no way back: an error ends the process with 125, 126 or 127.
+    """
+    answer, descriptors = ask(
+        f"{paths.gateway(gateway)}/api",
+        {
+            "do": "run",
+            "version": __version__,
+            "gateway": gateway,
+            "arguments": arguments,
+            "caller": caller(),
+        },
+    )
+    verbose = answer["verbose"]
+    for effect in answer["effects"] if verbose else ():
+        echo(effect)
+    for op in answer["enter"]:
+        if verbose:
+            echo(f"{op[0]} {' '.join(str(argument) for argument in op[1:])}")
+        try:
+            enter.perform(op, descriptors)
+        except OSError as error:
+            fail(RefusedError(f"isolate the command ({op[0]})", str(error), _DOCTOR, RUN_FAILED))
+    _exec(answer["command"], {**_environment(), **answer["environment"]})
+
+
+def ask(path: str, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Send one request to a supervisor; wait for its answer and the descriptors that go with it.
+
+    Raises NotHereError or RefusedError. Progress on the way is shown on a terminal.
+    """
+    server = connect(path)
+    try:
+        server.sendall((_encode(request) + "\n").encode())
+        received, fds = b"", []
+        while True:
+            data, ancillary, _, _ = server.recvmsg(65536, _socket.CMSG_SPACE(32), _CLOEXEC)
+            for _level, _kind, content in ancillary:
+                fds += [
+                    int.from_bytes(content[i : i + 4], "little") for i in range(0, len(content), 4)
+                ]
+            received += data
+            if not data:
+                raise RefusedError("reach the gateway", "its supervisor ended", _AGAIN, RUN_FAILED)
+            while b"\n" in received:
+                line, _, received = received.partition(b"\n")
+                answer, _end = _SCAN(line.decode(), 0)
+                if "progress" in answer:
+                    show_progress(answer["progress"], answer["summary"])
+                elif "error" in answer:
+                    error = answer["error"]
+                    raise RefusedError(error["doing"], error["cause"], error["hint"], error["code"])
+                elif "elsewhere" in answer:
+                    raise NotHereError
+                else:
+                    return answer, dict(zip(answer["descriptors"], fds, strict=True))
+    finally:
+        server.close()
+
+
+def connect(path: str) -> _socket.socket:
+    """A connection to a supervisor. Raises NotHereError."""
+    server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    try:
+        server.connect(path)
+    except OSError:
+        server.close()
+        raise NotHereError from None
+    return server
+
+
+def show_progress(percent: int, summary: str) -> None:
+    """Show how far Tor's bootstrap is, in one line of the terminal, if there is one."""
+    if os.isatty(2):
+        end = "\r\033[K" if percent >= 100 else ""
+        os.write(2, f"\r\033[Kttp: Tor {percent:3} % {summary}{end}".encode())
+
+
+def echo(effect: str) -> None:
+    """Show one effect, as ``-v`` does."""
+    lines = "".join(f"[#] {line}\n" for line in effect.splitlines())
+    os.write(2, lines.encode("utf-8", "surrogateescape"))
+
+
+def fail(failure: RefusedError) -> NoReturn:
+    lines = f"ttp: cannot {failure.doing}: {failure.cause}\n"
+    if failure.hint:
+        lines += f"hint: {failure.hint}\n"
+    os.write(2, lines.encode("utf-8", "surrogateescape"))
+    raise SystemExit(failure.code)
+
+
+def caller() -> dict[str, Any]:
+    """Who we are, for the supervisor to decide whom the command runs as."""
+    sudo = os.environ.get("SUDO_UID", "")
+    bus = os.environ.get("DBUS_SESSION_BUS_ADDRESS", "")
+    return {
+        "uid": os.geteuid(),
+        "gid": os.getegid(),
+        "groups": os.getgroups(),
+        "sudo_uid": int(sudo) if sudo.isdigit() and os.geteuid() == 0 else -1,
+        "bus": bus.partition("unix:path=")[2].split(",")[0].split(";")[0],
+        "runtime_dir": os.environ.get("XDG_RUNTIME_DIR", ""),
+        "user_namespace": os.stat("/proc/self/ns/user").st_ino,
+    }
+
+
+_DOCTOR = "the command was not run; see docs/known-issues.md or run with -v"
+_AGAIN = "run the same command again: it starts a new one"
+_CLOEXEC = 0x40000000  # MSG_CMSG_CLOEXEC
+
+
+def _gateway(arguments: list[str]) -> str:
+    """The gateway's name, by a glance: the supervisor parses properly, and may say "not mine"."""
+    for index, argument in enumerate(arguments):
+        if argument == "--":
+            break
+        if argument in ("--gateway", "-g"):
+            return "".join(arguments[index + 1 : index + 2])
+        if argument.startswith("--gateway="):
+            return argument[10:]
+    return os.environ.get("TTP_GATEWAY") or "default"
+
+
+def _exec(command: list[str], environment: dict[str, str]) -> NoReturn:
+    """Like execvpe(3), with the exit codes of env(1)."""
+    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores these; a command must not
+        _signal.signal(number, _signal.SIG_DFL)
+    program = command[0]
+    directories = environment.get("PATH", os.defpath).split(":")
+    paths = [program] if "/" in program else [f"{entry or '.'}/{program}" for entry in directories]
+    code, cause = NOT_FOUND, "not found"
+    for path in paths:
+        try:
+            os.execve(path, command, environment)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            code, cause = NOT_EXECUTABLE, error.strerror or str(error)
+            if error.errno == 8:  # ENOEXEC: a script without a first line is the shell's
+                os.execve("/bin/sh", ["sh", path, *command[1:]], environment)
+    os.write(2, f"ttp: cannot run {program}: {cause}\n".encode("utf-8", "surrogateescape"))
+    raise SystemExit(code)
+
+
+def _environment() -> dict[str, str]:
+    """The environment that we were given: Python may have added LC_CTYPE to it (PEP 538)."""
+    environment = dict(os.environ)
+    if environment.get("LC_CTYPE") == "C.UTF-8":
+        with open("/proc/self/environ", "rb") as original:
+            if b"LC_CTYPE=" not in original.read():
+                del environment["LC_CTYPE"]
+    return environment
+
+
+class _Context:
+    """What json.JSONDecoder gives the C scanner; importing json itself takes 6 ms."""
+
+    strict, object_hook, object_pairs_hook, parse_constant = True, None, None, None
+    parse_float, parse_int = float, int
+
+
+_SCAN = _json.make_scanner(_Context)  # type: ignore[arg-type]
+
+
+def _encode(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_encode(k)}:{_encode(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(_encode(item) for item in value) + "]"
+    return str(value) if isinstance(value, int) else _json.encode_basestring_ascii(str(value))
+
+
+if __name__ == "__main__":
+    main()

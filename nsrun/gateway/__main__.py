@@ -1,0 +1,117 @@
+"""``python -m nsrun.gateway``: the supervisor's process.
+
+Reads one JSON object, the gateway's spec, from standard input; writes lines of JSON to standard
+output ({"effect"}, then {"ready"} or {"error"}). With ``"detach": true`` it leaves its parent at
+once and closes its output when it is ready; otherwise it stays in the foreground.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nsrun import linux, paths
+from nsrun.cli.run import parse
+from nsrun.errors import GatewayError, MissingError, NsrunError
+from nsrun.gateway.supervisor import Supervisor
+from nsrun.spec import GatewaySpec, LabUplink
+
+
+class BusyError(GatewayError):
+    """Another supervisor of this gateway lives; whoever wanted one can use that."""
+
+
+def main() -> int:
+    request = json.load(sys.stdin)
+    detach = request.pop("detach", False)
+    if detach and os.fork():
+        return 0
+    if detach:
+        os.setsid()
+        os.chdir("/")
+    os.environ.pop("TTP_GATEWAY", None)  # a client's default, sent by the client
+    try:
+        lock = _claim(request["runtime"])
+        paths.private_directory(request["state"])
+        logging.basicConfig(
+            filename=paths.log(request["state"]),
+            filemode="w",
+            level=logging.INFO,
+            format="%(asctime)s %(levelname)s %(message)s",
+        )
+        if os.geteuid() != 0:
+            _own_user_namespace()
+        uplinks = [one if isinstance(one, str) else LabUplink(**one) for one in request["uplinks"]]
+        spec = GatewaySpec(**{**request, "uplinks": tuple(uplinks)})
+        asyncio.run(Supervisor(spec, parse, tell if detach else _print).run())
+        os.close(lock)
+    except NsrunError as error:
+        logging.getLogger(__name__).error("%s", error)
+        failure = {"doing": error.doing, "cause": error.cause, "hint": error.hint}
+        _print({"error": {**failure, "busy": isinstance(error, BusyError)}})
+        return int(error.code)
+    return 0
+
+
+def tell(message: dict[str, Any]) -> None:
+    """Tell the parent; once it is ready it has heard enough and may go."""
+    _print(message)
+    if "ready" in message:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+
+
+def _print(message: dict[str, Any]) -> None:
+    with suppress(BrokenPipeError):
+        os.write(1, (json.dumps(message) + "\n").encode())
+
+
+def _claim(runtime: str) -> int:
+    """Lock the runtime directory, and remove what a killed predecessor left in it.
+
+    Raises GatewayError when another supervisor holds it.
+    """
+    try:
+        paths.private_directory(runtime)
+    except OSError as error:
+        raise GatewayError(f"use the directory {runtime}", error.strerror) from error
+    fd = os.open(f"{runtime}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BusyError("start the gateway", "it is being started or already up") from None
+    Path(f"{runtime}/api").unlink(missing_ok=True)
+    return fd
+
+
+def _own_user_namespace() -> None:
+    """Become root of a user namespace of our own: all power over what we make, none beyond."""
+    uid, gid = os.geteuid(), os.getegid()
+    try:
+        linux.unshare(linux.CLONE_NEWUSER)
+        linux.prctl(linux.PR_SET_DUMPABLE, 1)  # else /proc/self would be root's
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"0 {uid} 1"),
+            ("gid_map", f"0 {gid} 1"),
+        ):
+            Path(f"/proc/self/{name}").write_text(text)
+    except OSError as error:
+        raise MissingError(
+            "make a user namespace",
+            error.strerror,
+            "allow it (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces, "
+            "kernel.apparmor_restrict_unprivileged_userns=0), or use sudo",
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

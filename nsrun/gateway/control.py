@@ -1,0 +1,100 @@
+"""Start a gateway's supervisor, talk to it, find those that run. For the full interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nsrun import client, paths
+from nsrun.errors import GatewayError
+from nsrun.spec import GatewaySpec
+
+STOP = 15.0  # seconds that a supervisor may take to end
+
+
+def default_spec(name: str) -> GatewaySpec:
+    """The spec of a gateway that is started on demand."""
+    return GatewaySpec(name, paths.gateway(name), f"{paths.state()}/gateways/{name}")
+
+
+def start(spec: GatewaySpec, echo: Callable[[str], None] | None = None) -> None:
+    """Start a supervisor and return once it answers; Tor may still be bootstrapping.
+
+    Losing a race against another start is no error. Raises NsrunError with the supervisor's own.
+    """
+    request = {**asdict(spec), "detach": True}
+    process = subprocess.Popen(
+        (sys.executable, "-m", "nsrun.gateway"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin:
+        json.dump(request, process.stdin)
+    with process.stdout:
+        for line in process.stdout:
+            message = json.loads(line)
+            if "effect" in message and echo is not None:
+                echo(message["effect"])
+            elif "error" in message:
+                error = message["error"]
+                if error["busy"]:
+                    break
+                raise GatewayError(error["doing"], error["cause"], error["hint"])
+            elif "ready" in message:
+                break
+        else:
+            raise GatewayError(
+                "start the gateway", "its supervisor ended", f"see {paths.log(spec.state)}"
+            )
+    process.wait()
+
+
+def ask(name: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Send a request to the supervisor of gateway ``name``. Raises GatewayError."""
+    try:
+        answer, _ = client.ask(f"{paths.gateway(name)}/api", request)
+    except client.NotHereError:
+        hint = f"ttp gateway up {name}"
+        raise GatewayError(f"reach the gateway {name}", "it is not up", hint) from None
+    except client.RefusedError as error:
+        raise GatewayError(error.doing, error.cause, error.hint) from None
+    return answer
+
+
+def stop(name: str) -> None:
+    """Stop a gateway and wait until its supervisor has gone. Raises GatewayError."""
+    pid = ask(name, {"do": "inspect"})["pid"]
+    process = os.pidfd_open(pid)
+    try:
+        ask(name, {"do": "down"})
+        if not select.select([process], [], [], STOP)[0]:
+            raise GatewayError(
+                f"stop the gateway {name}", f"process {pid} still runs after {STOP:.0f} s"
+            )
+    finally:
+        os.close(process)
+
+
+def running() -> list[str]:
+    """Names of the gateways of this user whose supervisor answers."""
+    base = Path(paths.runtime()) / "gateways"
+    return sorted(entry.name for entry in base.glob("*") if _answers(entry.name))
+
+
+def _answers(name: str) -> bool:
+    try:
+        client.connect(f"{paths.gateway(name)}/api").close()
+    except client.NotHereError:
+        return False
+    return True

@@ -1,0 +1,157 @@
+"""The Tor of a gateway: its process, and what it says over the control socket.
+
+The only module that knows stem, which works in threads of its own; ``on_change`` is called
+from one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nsrun.errors import GatewayError
+from nsrun.facts import search_path
+from nsrun.netns import Namespace
+from nsrun.steps import StartTor
+
+# Reasons of a BOOTSTRAP warning (control-spec, STATUS_CLIENT) in words that help
+STALLS = {
+    "NOROUTE": "there is no route to the relays: is the host's network up?",
+    "CONNECTREFUSED": "relays refuse the connection: a firewall may block Tor",
+    "TIMEOUT": "relays do not answer: a firewall may block Tor",
+    "CONNECTRESET": "connections to relays are cut: a firewall may block Tor",
+    "RESOURCELIMIT": "Tor is out of file descriptors or memory",
+    "IOERROR": "the network fails while talking to relays",
+    "CLOCK_SKEW": "the clock of this machine is wrong",
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the bootstrap is: percent, tag and summary of control-spec's BOOTSTRAP event."""
+
+    percent: int = 0
+    tag: str = "starting"
+    summary: str = "Starting"
+    problem: str = ""
+
+
+class Tor:
+    """One run of Tor in a gateway namespace."""
+
+    def __init__(
+        self, step: StartTor, gateway: Namespace, log: str, on_change: Callable[[], None]
+    ) -> None:
+        """Start it. Raises GatewayError with Tor's own last line if it ends at once."""
+        self.progress = Progress()
+        self._changed = on_change
+        self._control_path = str(Path(step.torrc).with_name("control"))
+        self._controller: Any = None
+        with suppress(FileNotFoundError):
+            Path(self._control_path).unlink()
+        begin = Path(log).stat().st_size if Path(log).exists() else 0
+        with Path(log).open("ab") as output:
+            self._process = gateway.call(
+                subprocess.Popen,
+                step.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={"PATH": search_path(), "HOME": "/"},
+            )
+        self.pid = self._process.pid
+        self.pidfd = os.pidfd_open(self.pid)
+        try:
+            self._listen(log, begin)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def ready(self) -> bool:
+        return self.progress.percent >= 100
+
+    @property
+    def version(self) -> str:
+        return str(self._controller.get_info("version"))
+
+    def circuits(self) -> str:
+        """The answer to GETINFO circuit-status (control-spec)."""
+        return str(self._controller.get_info("circuit-status"))
+
+    def stop(self) -> None:
+        """End the process and wait for it; no error if it has ended."""
+        if self._controller is not None:
+            self._controller.close()
+            self._controller = None
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)  # it keeps nothing that it has not written
+        self._process.wait()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def _listen(self, log: str, begin: int) -> None:
+        from stem import SocketError  # 70 ms
+        from stem.control import Controller, EventType
+
+        deadline = time.monotonic() + 20
+        while self._controller is None:
+            with suppress(SocketError):
+                self._controller = Controller.from_socket_file(self._control_path)
+            if self._process.poll() is not None:
+                raise GatewayError(
+                    "start Tor", last_words(log, begin), "the whole log: ttp gateway logs"
+                )
+            if time.monotonic() > deadline:
+                raise GatewayError("start Tor", "no control socket after 20 s", f"see {log}")
+            time.sleep(0.005)  # until the socket is there: it cannot be waited for
+        self._controller.authenticate()
+        for kind in (EventType.STATUS_CLIENT, EventType.STATUS_GENERAL):
+            self._controller.add_event_listener(self._on_status, kind)
+        phase = str(self._controller.get_info("status/bootstrap-phase"))
+        self._update(_pairs(phase))
+
+    def _on_status(self, event: Any) -> None:
+        if event.action in ("BOOTSTRAP", "CLOCK_SKEW"):
+            arguments = dict(event.keyword_args)
+            if event.action == "CLOCK_SKEW":
+                arguments["REASON"] = "CLOCK_SKEW"
+            self._update(arguments)
+
+    def _update(self, arguments: dict[str, str]) -> None:
+        old = self.progress
+        reason = arguments.get("REASON", "")
+        self.progress = Progress(
+            int(arguments.get("PROGRESS", old.percent)),
+            arguments.get("TAG", old.tag),
+            arguments.get("SUMMARY", old.summary),
+            STALLS.get(reason, arguments.get("WARNING", "")),
+        )
+        self._changed()
+
+
+def last_words(log: str, begin: int) -> str:
+    """Tor's first complaint in ``log`` after byte ``begin``: later ones follow from it."""
+    with Path(log).open(errors="replace") as file:
+        file.seek(begin)
+        lines = file.read().splitlines()
+    complaint = re.compile(r"\[(?:err|warn)\] (?!You are running Tor as root)(.*)")
+    found = [match[1] for line in lines if (match := complaint.search(line))]
+    return (found or lines or ["it ended without a word"])[0]
+
+
+def _pairs(line: str) -> dict[str, str]:
+    """KEY=value and KEY="value" words of a control-protocol line."""
+    return {
+        key: quoted or plain
+        for key, quoted, plain in re.findall(r'(\w+)=(?:"([^"]*)"|(\S+))', line)
+    }

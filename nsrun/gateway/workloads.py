@@ -1,0 +1,184 @@
+"""The workloads of one gateway: a few ready-made, those given out, and their end.
+
+A workload ends when the kernel says that its link is gone, which is when the last process in its
+namespace has ended: nobody else has to be alive, or to behave, for that.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nsrun import ruleset
+from nsrun.apply import Machine, apply
+from nsrun.errors import NsrunError
+from nsrun.netns import Namespace
+from nsrun.plan import Facts, Workload, workload_steps
+from nsrun.steps import DropRules, LoadRules, SetSysctl
+
+READY = 3  # made ahead: as many as a shell pipeline of torified commands has
+
+
+@dataclass
+class Live:
+    """A workload that exists in the kernel. ``pid`` is 0 until it is given out."""
+
+    workload: Workload
+    machine: Machine
+    undo: ExitStack
+    effects: tuple[str, ...]
+    inode: int
+    name: str = ""
+    pid: int = 0
+    command: tuple[str, ...] = ()
+    since: float = 0.0
+    identity: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, object]:
+        """For ``ttp ps --json``. ``since`` is in seconds of the epoch."""
+        addresses = (self.workload.address4, self.workload.address6)
+        return {
+            "name": self.name,
+            "pid": self.pid,
+            "command": list(self.command),
+            "since": self.since,
+            "link": self.workload.link,
+            "address": list(addresses),
+            "identity": [self.identity.get(address, address) for address in addresses],
+        }
+
+
+class Workloads:
+    """Makes, gives out and forgets workloads. Numbers and identities are never used again."""
+
+    def __init__(self, gateway: Namespace, facts: Facts, first: Workload) -> None:
+        self._gateway, self._facts, self._block = gateway, facts, first.block
+        self._number, self._identities = first.number, 0
+        self._ready: list[Live] = []
+        self.live: dict[str, Live] = {}  # by link
+        self.given = 0
+
+    def fill(self) -> bool:
+        """Make one more ready workload. False when there are enough."""
+        if len(self._ready) >= READY:
+            return False
+        self._ready.append(self._make())
+        return True
+
+    def give(
+        self, name: str | None, pid: int, command: tuple[str, ...], ipv6: bool
+    ) -> tuple[Live, int]:
+        """A workload and a descriptor of its namespace, which the caller must close.
+
+        Raises NsrunError when the name is taken.
+        """
+        self.given += 1
+        name = name or f"{Path(command[0]).name[:20]}-{self.given}"
+        if any(other.name == name for other in self.live.values()):
+            raise NsrunError(
+                f"name the workload {name}",
+                "another one of this gateway has that name",
+                "choose another, or leave --name out; ttp ps lists them",
+            )
+        live = self._ready.pop(0) if self._ready else self._make()
+        if not ipv6:
+            live.machine.do(SetSysctl("workload", "net.ipv6.conf.all.disable_ipv6", "1"))
+        live.name, live.pid, live.command, live.since = name, pid, command, time.time()
+        namespace = live.machine.namespaces.pop("workload")
+        fd = os.dup(namespace.fd)
+        namespace.close()  # from here on only the descriptor, and the command, keep it alive
+        self.live[live.workload.link] = live
+        return live, fd
+
+    def ended(self, link: str) -> Live | None:
+        """The kernel says that ``link`` is gone: forget the workload and its elements."""
+        live = self.live.pop(link, None)
+        if live is None:
+            live = next((one for one in self._ready if one.workload.link == link), None)
+            if live is not None:
+                self._ready.remove(live)
+        if live is not None:
+            live.undo.close()
+            for address, identity in live.identity.items():
+                self._drop_identity(address, identity)
+        return live
+
+    def refresh(self, name: str) -> Live:
+        """Give the workload ``name`` a new identity, alone (P7). Raises NsrunError if unknown."""
+        live = self.named(name)
+        self._identities += 1
+        fresh = self._block.identity(self._identities)
+        for address, identity in zip(
+            (live.workload.address4, live.workload.address6), fresh, strict=True
+        ):
+            text = ruleset.set_identity(address, str(identity), live.identity.get(address))
+            Machine({"gateway": self._gateway}).do(LoadRules("gateway", text))
+            live.identity[address] = str(identity)
+        return live
+
+    def named(self, name: str) -> Live:
+        found = next((live for live in self.live.values() if live.name == name), None)
+        if found is None:
+            raise NsrunError(f"find the workload {name}", "there is none", "ttp ps lists them")
+        return found
+
+    def holds(self, inode: int) -> bool:
+        """Is that the network namespace of one of ours?"""
+        return any(live.inode == inode for live in self.live.values())
+
+    def close(self) -> None:
+        for live in [*self._ready, *self.live.values()]:
+            live.undo.close()
+        self._ready.clear()
+        self.live.clear()
+
+    def _make(self) -> Live:
+        effects: list[str] = []
+        machine = Machine({"gateway": self._gateway}, echo=effects.append)
+        workload = Workload(self._block, self._number)
+        self._number += 1
+        undo = apply(workload_steps(workload, self._facts), machine.do)
+        inode = os.fstat(machine.namespaces["workload"].fd).st_ino
+        machine.echo = lambda _: None
+        return Live(workload, machine, undo, tuple(effects), inode)
+
+    def _drop_identity(self, address: str, identity: str) -> None:
+        text = ruleset.drop_identity(address, identity)
+        Machine({"gateway": self._gateway}).do(DropRules("gateway", text))
+
+
+def link_monitor(gateway: Namespace) -> socket.socket:
+    """A socket in the gateway that hears of every link that comes or goes (rtnetlink(7))."""
+
+    def make() -> socket.socket:
+        monitor = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0
+        )
+        monitor.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        rtmgrp_link = 1
+        monitor.bind((0, rtmgrp_link))
+        return monitor
+
+    return gateway.call(make)
+
+
+def gone_links(monitor: socket.socket) -> list[str]:
+    """Names of the links that went since the last call."""
+    from pyroute2.netlink.rtnl import RTM_DELLINK
+    from pyroute2.netlink.rtnl.marshal import MarshalRtnl
+
+    names: list[str] = []
+    while True:
+        try:
+            data = monitor.recv(1 << 16)
+        except BlockingIOError:
+            return names
+        names += [
+            message.get_attr("IFLA_IFNAME")
+            for message in MarshalRtnl().parse(data)
+            if message["header"]["type"] == RTM_DELLINK
+        ]

@@ -1,0 +1,294 @@
+"""What a workload can reach: Tor's two ports, by redirect, and nothing else.
+
+    app ─eth0══w2─┐
+                  ├─ gateway ─uplink══eth0─ world
+    bob ─eth0══w3─┘
+
+Actors are in town.py. In each story that expects silence, the same stimulus is heard
+once the guard is taken away.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+
+from nsrun.plan import LINK_MAC
+from nsrun.ruleset import TRANS_PORT
+from town import (
+    GATEWAY4,
+    GATEWAY6,
+    SITE4,
+    SITE6,
+    UPLINK4,
+    WORLD4,
+    Actor,
+    Town,
+    eventually,
+)
+
+pytestmark = pytest.mark.root  # or root of a user namespace: see test_rootless.py
+
+TOKEN = b"a story's own token"
+
+
+@pytest.mark.promise("P1")
+@pytest.mark.parametrize("site", [SITE4, SITE6])
+def test_tcp_to_anywhere_is_answered_by_transport(town: Town, site: str) -> None:
+    with town.world_hears() as frames, town.app.connect(site, 443) as connection:
+        assert b"stand-in" in connection.recv(100)
+    assert [heard[1:] for heard in town.heard] == [(site, 443)]
+    assert not frames
+
+
+@pytest.mark.promise("P2")
+@pytest.mark.parametrize(
+    "resolver",
+    [
+        GATEWAY4,
+        GATEWAY6,
+        "9.9.9.9",
+        "192.168.1.1",
+        "2620:fe::fe",
+        "127.0.0.53",
+        "127.0.0.11",
+    ],
+)
+def test_dns_to_any_resolver_is_answered_by_dnsport(town: Town, resolver: str) -> None:
+    with town.world_hears() as frames:
+        answer = town.app.ask(resolver, "example.test")
+    assert b"example" in answer
+    assert [heard[1] for heard in town.heard] == ["dns"]
+    assert not frames
+
+
+@pytest.mark.promise("P2")
+def test_a_resolver_on_loopback_v6_is_refused_at_once(town: Town) -> None:
+    """The kernel does not route ::1 anywhere; libc turns to its next resolver."""
+    with pytest.raises(ConnectionRefusedError):
+        town.app.ask("::1", "example.test")
+
+
+def udp(actor: Actor) -> None:
+    actor.send(SITE4, 443, TOKEN).close()
+
+
+def udp6(actor: Actor) -> None:
+    actor.send(SITE6, 443, TOKEN).close()
+
+
+def ntp(actor: Actor) -> None:
+    actor.send(SITE4, 123, TOKEN).close()
+
+
+def ping(actor: Actor) -> None:
+    with actor.open(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as icmp:
+        icmp.sendto(struct.pack(">BBHHH", 8, 0, 0, 1, 1) + TOKEN, (SITE4, 0))
+
+
+def gre(actor: Actor) -> None:
+    with actor.open(socket.AF_INET, socket.SOCK_RAW, 47) as tunnel:
+        tunnel.sendto(TOKEN, (SITE4, 0))
+
+
+def sctp(actor: Actor) -> None:
+    with actor.open(socket.AF_INET, socket.SOCK_RAW, 132) as packets:
+        packets.sendto(TOKEN, (SITE4, 0))
+
+
+def tcp_ack(actor: Actor) -> None:
+    """A segment from the middle of a connection that nobody knows."""
+    segment = struct.pack(">HHIIBBHHH", 40000, 443, 1, 1, 0x50, 0x18, 512, 0, 0)
+    with actor.open(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as packets:
+        packets.sendto(segment + TOKEN, (SITE4, 0))
+
+
+def multicast(actor: Actor) -> None:
+    packets = actor.open(socket.AF_INET, socket.SOCK_DGRAM)
+    packets.sendto(TOKEN, ("224.0.0.251", 5353))
+    packets.close()
+
+
+STRAYS = (udp, udp6, ntp, ping, gre, sctp, tcp_ack)
+
+
+@pytest.mark.promise("P3")
+@pytest.mark.parametrize("stray", [*STRAYS, multicast])
+def test_nothing_but_tcp_and_dns_leaves(town: Town, stray: Callable[[Actor], None]) -> None:
+    with town.world_hears() as frames:
+        stray(town.app)
+    assert not frames
+    assert not town.heard
+
+
+@pytest.mark.promise("P3")
+@pytest.mark.parametrize("stray", STRAYS)
+def test_control_without_the_guard_it_leaves(town: Town, stray: Callable[[Actor], None]) -> None:
+    town.without_guard()
+    with town.world_hears() as frames:
+        stray(town.app)
+    assert any(TOKEN in frame for frame in frames)
+
+
+@pytest.mark.promise("P3")
+def test_udp_is_refused_at_once(town: Town) -> None:
+    with town.app.send(SITE4, 443, TOKEN) as stray, pytest.raises(OSError) as error:
+        stray.recv(1)
+    assert error.value.errno in (errno.EHOSTUNREACH, errno.EACCES, errno.ECONNREFUSED)
+
+
+@pytest.mark.promise("P5")
+@pytest.mark.parametrize(
+    "host",
+    ["192.168.1.1", "10.0.0.1", "169.254.169.254", GATEWAY4, UPLINK4.replace("198.51", "172.16")],
+)
+def test_private_addresses_are_refused_at_once(town: Town, host: str) -> None:
+    with town.world_hears() as frames, pytest.raises(ConnectionRefusedError):
+        town.app.connect(host, 80)
+    assert not frames
+    assert not town.heard
+
+
+@pytest.mark.promise("P5")
+@pytest.mark.parametrize("port", [TRANS_PORT, 22, 53])
+def test_the_gateway_itself_is_no_server(town: Town, port: int) -> None:
+    """TransPort asked for by its own address, a service on every address, DNS over TCP."""
+    with pytest.raises(ConnectionRefusedError):
+        town.app.connect(GATEWAY4, port)
+    assert not town.heard
+
+
+@pytest.mark.promise("P5")
+@pytest.mark.parametrize("host", [GATEWAY4, UPLINK4])
+def test_a_service_of_the_gateway_is_out_of_reach(town: Town, host: str) -> None:
+    """Forwarding off does not protect it: the gateway's own addresses are all its own."""
+    with town.gateway.open(socket.AF_INET, socket.SOCK_DGRAM) as service:
+        service.bind(("0.0.0.0", 9999))
+        service.settimeout(0.3)
+        town.app.send(host, 9999, TOKEN).close()
+        with pytest.raises(TimeoutError):
+            service.recv(100)
+        town.without_guard()
+        town.app.send(host, 9999, TOKEN).close()
+        assert service.recv(100) == TOKEN
+
+
+@pytest.mark.promise("P5")
+def test_workloads_do_not_reach_each_other(town: Town) -> None:
+    assert town.bob.live is not None
+    address = town.bob.live.workload.address4
+    with town.bob.open(socket.AF_INET, socket.SOCK_DGRAM) as service:
+        service.bind(("0.0.0.0", 9999))
+        service.settimeout(0.3)
+        town.app.send(address, 9999, TOKEN).close()
+        with pytest.raises(TimeoutError):
+            service.recv(100)
+        town.without_guard()
+        town.app.send(address, 9999, TOKEN).close()
+        assert service.recv(100) == TOKEN
+
+
+def _udp_frame(source: str, target: str, port: int) -> bytes:
+    mac = bytes.fromhex(LINK_MAC.replace(":", ""))
+    payload = struct.pack(">HHHH", 40000, port, 8 + len(TOKEN), 0) + TOKEN
+    header = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(payload), 1, 0, 64, 17, 0)
+    header += socket.inet_aton(source) + socket.inet_aton(target)
+    total = sum(struct.unpack(">10H", header))
+    total = (total & 0xFFFF) + (total >> 16)
+    header = header[:10] + struct.pack(">H", ~(total + (total >> 16)) & 0xFFFF) + header[12:]
+    return mac + mac + b"\x08\0" + header + payload
+
+
+@pytest.mark.promise("P5")
+def test_a_workload_speaks_only_as_itself(town: Town) -> None:
+    """With bob's source address, a raw frame of app's would be bob to Tor."""
+    assert town.app.live is not None
+    assert town.bob.live is not None
+    own, bobs = town.app.live.workload.address4, town.bob.live.workload.address4
+    town.app.raw(_udp_frame(bobs, "9.9.9.9", 53))
+    town.app.raw(_udp_frame(own, "9.9.9.9", 53))  # control: the same frame, honest
+    eventually(lambda: town.heard, "the honest frame")
+    assert [heard[0] for heard in town.heard] == [own]
+
+
+@pytest.mark.promise("P5")
+def test_no_link_has_a_link_local_address_and_none_resolves_another(town: Town) -> None:
+    """fe80 is how a workload reached host services in a peer's design."""
+    for actor, interface in ((town.app, "eth0"), (town.gateway, "w2")):
+        addresses = actor.run("ip", "-6", "address", "show", "dev", interface)
+        assert "fe80" not in addresses
+        assert "NOARP" in actor.run("ip", "link", "show", "dev", interface)
+    request = struct.pack(">HHBBH", 1, 0x800, 6, 4, 1) + bytes(6) + bytes(4) + bytes(6)
+    request += socket.inet_aton(UPLINK4)
+    with town.app.open(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x806)) as arp:
+        arp.bind(("eth0", 0x806))
+        arp.settimeout(0.3)
+        arp.send(b"\xff" * 6 + bytes(6) + b"\x08\x06" + request)
+        with pytest.raises(TimeoutError):
+            arp.recv(100)
+
+
+@pytest.mark.promise("P7")
+@pytest.mark.parametrize("site", [SITE4, SITE6])
+def test_an_identity_is_renewed_alone(town: Town, site: str) -> None:
+    """Tor isolates circuits by client address: it must see a new one, and only for app."""
+
+    def seen() -> list[str]:
+        town.heard.clear()
+        for actor in (town.app, town.bob):
+            with actor.connect(site, 443) as connection:
+                connection.recv(100)
+        return [heard[0] for heard in town.heard]
+
+    first = seen()
+    town.workloads.refresh("app")
+    second = seen()
+    town.workloads.refresh("app")
+    third = seen()
+    assert first[1] == second[1] == third[1]
+    assert len({first[0], second[0], third[0], first[1]}) == 4
+
+
+@pytest.mark.promise("P4")
+def test_rules_flushed_by_somebody_else_open_nothing(town: Town) -> None:
+    """No packet is ever forwarded: that does not rest on rules."""
+    town.gateway.run("nft", "flush", "ruleset")
+    with town.world_hears() as frames:
+        for stray in (udp, ping, gre, tcp_ack):
+            stray(town.app)
+        with pytest.raises(OSError):
+            town.app.connect(SITE4, 443)
+    assert not [frame for frame in frames if TOKEN in frame]
+    assert not town.heard
+
+
+@pytest.mark.promise("P4")
+def test_forgotten_connections_stay_closed(town: Town) -> None:
+    """The leak of 2014: conntrack forgets a redirected connection, and its packets go out bare."""
+    connection = town.app.connect(SITE4, 443)
+    connection.recv(100)
+    town.gateway.run("nft", "flush", "chain", "inet", "ttp", "identity")
+    with town.world_hears() as frames:
+        town.gateway.run("sysctl", "-qw", "net.netfilter.nf_conntrack_tcp_timeout_close_wait=1")
+        with suppress(OSError):  # refused: as good
+            connection.send(TOKEN)
+        connection.close()
+    assert not frames
+
+
+@pytest.mark.promise("P8")
+def test_a_workload_that_ends_takes_everything_along(town: Town) -> None:
+    """Nobody cleans up: with its last process the kernel frees the namespace and both link ends."""
+    assert town.app.live is not None
+    town.app.space.close()
+    eventually(lambda: "w2" not in town.gateway.run("ip", "-br", "link"), "the link to go")
+    town.workloads.ended("w2")
+    rules = town.gateway.run("nft", "list", "table", "inet", "ttp")
+    assert '"w2"' not in rules
+    assert '"w3"' in rules
+    assert WORLD4 not in rules
