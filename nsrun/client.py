@@ -92,10 +92,16 @@ def ask(path: str, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, i
     """
     server = connect(path)
     try:
-        server.sendall((_encode(request) + "\n").encode())
+        try:
+            server.sendall((_encode(request) + "\n").encode())
+        except ConnectionError:
+            raise NotHereError from None
         received, fds = b"", []
         while True:
-            data, ancillary, _, _ = server.recvmsg(65536, _socket.CMSG_SPACE(32), _CLOEXEC)
+            try:
+                data, ancillary, _, _ = server.recvmsg(65536, _socket.CMSG_SPACE(32), _CLOEXEC)
+            except ConnectionError:
+                data, ancillary = b"", []
             for _level, _kind, content in ancillary:
                 fds += [
                     int.from_bytes(content[i : i + 4], "little") for i in range(0, len(content), 4)

@@ -14,7 +14,9 @@ import os
 
 
 def runtime() -> str:
-    """Directory of running gateways and labs, one folder each; not made by this function."""
+    """Directory of running gateways and labs; $TTP_RUNTIME_DIR puts it elsewhere."""
+    if directory := os.environ.get("TTP_RUNTIME_DIR"):
+        return directory
     uid = os.geteuid()
     if uid == 0:
         return "/run/ttp"
@@ -25,6 +27,9 @@ def runtime() -> str:
 
 
 def state() -> str:
+    """Directory of what gateways keep between runs; $TTP_STATE_DIR puts it elsewhere."""
+    if directory := os.environ.get("TTP_STATE_DIR"):
+        return directory
     return "/var/lib/ttp" if os.geteuid() == 0 else _home("XDG_STATE_HOME", ".local/state")
 
 

@@ -159,6 +159,10 @@ _GATEWAY_SYSCTLS = (
     ("net.ipv6.conf.all.accept_redirects", "0"),
     # a packet in the middle of a connection that conntrack forgot starts no new one
     ("net.netfilter.nf_conntrack_tcp_loose", "0"),
+    # connections of a killed Tor keep the namespace, and workloads' links, for as long as the
+    # kernel tries to close them: over a dead uplink about 100 s, thus 1 s
+    ("net.ipv4.tcp_orphan_retries", "1"),
+    ("net.ipv4.tcp_fin_timeout", "1"),
 )
 
 
@@ -237,7 +241,7 @@ def enter_ops(
     elif caller.uid == 0:
         ops += [("read_only", "/proc/sys"), ("read_only", "/sys")]
     ops.append(("drop_capabilities", [] if nested or caller.uid else list(ROOT_KEEPS)))
-    if not nested:
+    if caller.switched:
         ops.append(("become", caller.uid, caller.gid, list(caller.groups)))
     ops.append(("no_new_privileges",))
     return tuple(ops)

@@ -84,10 +84,14 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Caller:
-    """Whom a command runs as. ``bus`` is the path of the user's D-Bus socket, if there is one."""
+    """Whom a command runs as; ``switched`` says that this is not the user who calls.
+
+    ``bus`` is the path of the user's D-Bus socket, if there is one.
+    """
 
     uid: int
     gid: int
     groups: tuple[int, ...]
     bus: str = ""
     runtime_dir: str = ""
+    switched: bool = False

@@ -36,10 +36,18 @@ def resolve(spec: RunSpec, asked: dict[str, Any], nested: bool) -> tuple[Caller,
     try:
         user = pwd.getpwnam(str(wanted)) if number < 0 else pwd.getpwuid(number)
     except KeyError:
-        raise UsageError(f"run as the user {wanted}", "there is no such user") from None
+        if number < 0:
+            raise UsageError(f"run as the user {wanted}", "there is no such user") from None
+        # a number without a name will do, as it does for containers
+        user = pwd.struct_passwd((str(number), "x", number, number, "", "/", ""))
     groups = tuple(os.getgrouplist(user.pw_name, user.pw_gid))
-    if user.pw_uid != caller.uid:
-        caller = replace(caller, uid=user.pw_uid, gid=user.pw_gid, groups=groups)
-        runtime = f"/run/user/{user.pw_uid}"
-        caller = replace(caller, runtime_dir=runtime, bus="")
+    caller = replace(
+        caller,
+        uid=user.pw_uid,
+        gid=user.pw_gid,
+        groups=groups,
+        bus="",
+        runtime_dir=f"/run/user/{user.pw_uid}",
+        switched=True,
+    )
     return caller, {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -80,7 +80,7 @@ def list_(as_json: Json = False) -> None:
     """List the gateways that run."""
     from nsrun.gateway import control
 
-    found = [control.ask(name, {"do": "inspect"}) for name in control.running()]
+    found = control.inspect_all()
     rows = [
         (
             gateway["name"],
@@ -98,7 +98,11 @@ def logs(name: Named = "default") -> None:
     """Print the log of the gateway NAME, of its last run if it is down."""
     from nsrun.gateway import control
 
-    path = Path(paths.log(control.default_spec(name).state))
+    state = control.default_spec(name).state
+    if name in control.running():  # whose files may be elsewhere: a lab has its own
+        gateway = control.ask(name, {"do": "inspect"})
+        state = f"/proc/{gateway['pid']}/root{gateway['state']}"
+    path = Path(paths.log(state))
     try:
         sys.stdout.write(path.read_text(errors="replace"))
     except FileNotFoundError:
@@ -117,12 +121,8 @@ def ps(gateway: Gateway = None, as_json: Json = False) -> None:
     """List the workloads: name, process, identity (as Tor sees it), age and command."""
     from nsrun.gateway import control
 
-    names = [gateway] if gateway else control.running()
-    found: list[dict[str, Any]] = [
-        {"gateway": name, **workload}
-        for name in names
-        for workload in control.ask(name, {"do": "ps"})["workloads"]
-    ]
+    asked = [control.ask(gateway, {"do": "inspect"})] if gateway else control.inspect_all()
+    found = [{"gateway": one["name"], **workload} for one in asked for workload in one["workloads"]]
     rows = [
         (
             workload["name"],

@@ -39,13 +39,14 @@ def main() -> int:
     os.environ.pop("TTP_GATEWAY", None)  # a client's default, sent by the client
     try:
         lock = _claim(request["runtime"])
-        paths.private_directory(request["state"])
+        _make_private(request["state"])
         logging.basicConfig(
             filename=paths.log(request["state"]),
             filemode="w",
             level=logging.INFO,
             format="%(asctime)s %(levelname)s %(message)s",
         )
+        logging.getLogger("stem").setLevel(logging.WARNING)
         if os.geteuid() != 0:
             _own_user_namespace()
         uplinks = [one if isinstance(one, str) else LabUplink(**one) for one in request["uplinks"]]
@@ -53,7 +54,8 @@ def main() -> int:
         asyncio.run(Supervisor(spec, parse, tell if detach else _print).run())
         os.close(lock)
     except NsrunError as error:
-        logging.getLogger(__name__).error("%s", error)
+        if logging.root.handlers:  # else it failed before there was a log
+            logging.error("%s", error)
         failure = {"doing": error.doing, "cause": error.cause, "hint": error.hint}
         _print({"error": {**failure, "busy": isinstance(error, BusyError)}})
         return int(error.code)
@@ -79,10 +81,7 @@ def _claim(runtime: str) -> int:
 
     Raises GatewayError when another supervisor holds it.
     """
-    try:
-        paths.private_directory(runtime)
-    except OSError as error:
-        raise GatewayError(f"use the directory {runtime}", error.strerror) from error
+    _make_private(runtime)
     fd = os.open(f"{runtime}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,6 +89,14 @@ def _claim(runtime: str) -> int:
         raise BusyError("start the gateway", "it is being started or already up") from None
     Path(f"{runtime}/api").unlink(missing_ok=True)
     return fd
+
+
+def _make_private(directory: str) -> None:
+    try:
+        paths.private_directory(directory)
+    except OSError as error:
+        hint = f"make it yours alone: {error.filename}"
+        raise GatewayError(f"use the directory {directory}", error.strerror, hint) from error
 
 
 def _own_user_namespace() -> None:

@@ -121,10 +121,13 @@ class Supervisor:
         self._revive("tor", step, lambda: self._start_tor(step))
 
     def _uplink_died(self, step: StartUplink) -> None:
+        """The uplink ended: another one knows nothing of Tor's connections, so Tor starts anew."""
         log.error("the uplink ended; starting it again")
         if self.uplink is not None and self.uplink.pidfd is not None:
             self._loop.remove_reader(self.uplink.pidfd)
         self._revive("uplink", step, lambda: self._start_uplink(step))
+        if self.tor is not None:
+            self.tor.kill()
 
     def _revive(self, name: str, step: StartTor | StartUplink, start: Callable[[], Any]) -> None:
         """Start a dead part again; if that fails, try again after a while, as long as we live."""
@@ -156,13 +159,16 @@ class Supervisor:
                 await asyncio.sleep(REST)
                 while self.workloads.fill():
                     await asyncio.sleep(0)
-            if self.workloads.live:
+            if self.workloads.live or not self.spec.idle:
+                await self._change(None)
                 idle_since = self._loop.time()
+                continue
             left = idle_since + self.spec.idle - self._loop.time()
-            if self.spec.idle and left <= 0:
+            if left <= 0:
                 log.info("idle for %g s", self.spec.idle)
                 self._stop.set()
-            await self._change(left if self.spec.idle and not self.workloads.live else None)
+                return
+            await self._change(left)
 
     async def _change(self, timeout: float | None) -> None:
         """Wait until anything changed, or ``timeout`` seconds."""
@@ -218,8 +224,6 @@ class Supervisor:
                 answer = {}
             case {"do": "inspect"}:
                 answer = self.as_json()
-            case {"do": "ps"}:
-                answer = {"workloads": [live.as_json() for live in self.workloads.live.values()]}
             case {"do": "refresh", "name": name}:
                 answer = self.workloads.refresh(name).as_json()
             case _:

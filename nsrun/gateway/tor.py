@@ -87,13 +87,17 @@ class Tor:
         """The answer to GETINFO circuit-status (control-spec)."""
         return str(self._controller.get_info("circuit-status"))
 
+    def kill(self) -> None:
+        """End the process without waiting; it keeps nothing that it has not written."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGKILL)
+
     def stop(self) -> None:
         """End the process and wait for it; no error if it has ended."""
         if self._controller is not None:
             self._controller.close()
             self._controller = None
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGKILL)  # it keeps nothing that it has not written
+        self.kill()
         self._process.wait()
         if self.pidfd >= 0:
             os.close(self.pidfd)

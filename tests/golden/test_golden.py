@@ -40,8 +40,8 @@ FACTS = Facts(
     nsswitch="passwd: files\nhosts: files mdns4_minimal [NOTFOUND=return] dns\n",
 )
 ROOT = Caller(0, 0, (0,))
-SUDO = Caller(1000, 1000, (27, 1000), runtime_dir="/run/user/1000")
-USER = replace(SUDO, bus="/tmp/bus")
+USER = Caller(1000, 1000, (27, 1000), "/tmp/bus", "/run/user/1000")
+SUDO = replace(USER, bus="", switched=True)
 GATEWAY = GatewaySpec("default", "/run/ttp/gateways/default", "/var/lib/ttp/gateways/default")
 USERS = GatewaySpec(
     "default", "/run/user/1000/ttp/gateways/default", "/home/u/.local/state/ttp/gateways/default"

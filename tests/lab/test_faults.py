@@ -1,0 +1,179 @@
+"""Parts killed under traffic: nothing leaves, what can be repaired is, nothing remains.
+
+The gateway is a second one, on the simulated host, behind pasta; its traffic and the strays are on
+the host's wire, where only TCP to relays may be.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lab_helpers import PLAIN_ORACLE, TTP, Lab
+from nsrun.lab import topology
+from nsrun.leak.verdict import Value, as_text, judge
+from probe import TOKEN
+from town import eventually
+
+pytestmark = pytest.mark.lab
+
+# TCP through Tor and UDP that must not pass, without a pause, until it is killed
+TRAFFIC = f"""
+import socket, time
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+while True:
+    for send in (
+        lambda: udp.sendto({TOKEN!r}, ("11.200.0.80", 7)),
+        lambda: socket.create_connection(("11.200.0.80", 80), 0.2).close(),
+    ):
+        try:
+            send()
+        except OSError:
+            pass
+    time.sleep(0.02)
+"""
+
+
+def inspect(lab: Lab, name: str) -> dict[str, object]:
+    done = lab.do(*lab.inside_argv("host", TTP, "gateway", "inspect", name))
+    return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
+
+
+def fetch(lab: Lab, name: str) -> subprocess.CompletedProcess[str]:
+    run = (TTP, "run", "-g", name, "--", "curl", "-sS", "--max-time", "20", PLAIN_ORACLE)
+    return lab.do(*lab.inside_argv("host", *run))
+
+
+def kill(lab: Lab, pid: object) -> None:
+    assert lab.do("kill", "-9", str(pid)).returncode == 0
+
+
+@contextmanager
+def traffic(lab: Lab, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    run = (TTP, "run", "-g", name, "--name", "busy", "--", "/usr/bin/python3", "-c", TRAFFIC)
+    with subprocess.Popen(lab.inside("host", *run), stderr=subprocess.PIPE) as process:
+        try:
+            eventually(
+                lambda: any(w["name"] == "busy" for w in inspect(lab, name).get("workloads", [])),  # type: ignore[attr-defined]
+                "the traffic to begin",
+                20,
+            )
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def judged(lab: Lab) -> Iterator[None]:
+    with lab.tap("router", "p-host") as host:
+        yield
+        verdict = judge(
+            "host", host.stop(), lab.rules(topology.HOST, topology.HOST6), expect_some=True
+        )
+    assert verdict.value is Value.CONTAINED, as_text([verdict])
+
+
+@pytest.mark.promise("P4")
+def test_tor_dies_and_comes_back(lab: Lab) -> None:
+    """Until the new one is ready nothing passes; then the same workloads go on."""
+    with judged(lab), lab.other_gateway("pasta") as name, traffic(lab, name):
+        before = inspect(lab, name)["tor"]
+        assert isinstance(before, dict)
+        kill(lab, before["pid"])
+
+        def revived() -> bool:
+            tor = inspect(lab, name)["tor"]
+            return isinstance(tor, dict) and tor["pid"] != before["pid"] and tor["percent"] == 100
+
+        eventually(revived, "another Tor", 30)
+        assert json.loads(fetch(lab, name).stdout)["IsTor"] is True
+
+
+@pytest.mark.promise("P4")
+def test_the_uplink_dies_and_comes_back(lab: Lab) -> None:
+    """Another pasta, on the same gateway, and traffic again."""
+    with judged(lab), lab.other_gateway("pasta") as name, traffic(lab, name):
+        before = inspect(lab, name)["uplink"]
+        assert isinstance(before, dict)
+        kill(lab, before["pid"])
+
+        def revived() -> bool:
+            uplink = inspect(lab, name)["uplink"]
+            return isinstance(uplink, dict) and uplink["pid"] not in (None, before["pid"])
+
+        eventually(revived, "another pasta", 30)
+        done = fetch(lab, name)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["IsTor"] is True
+
+
+@pytest.mark.promise("P4", "P8")
+def test_the_supervisor_dies_and_takes_all_along(lab: Lab) -> None:
+    """Tor and pasta end with it, its workload has no link any more; the next start cleans up."""
+    with judged(lab), lab.other_gateway("pasta") as name:
+        with traffic(lab, name) as process:
+            found = inspect(lab, name)
+            pids = [found["pid"], *(found[part]["pid"] for part in ("tor", "uplink"))]  # type: ignore[index]
+            kill(lab, pids[0])
+            eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "their end")
+            assert process.poll() is None
+            links = f"/proc/{process.pid}/net/dev"
+            eventually(lambda: "eth0" not in Path(links).read_text(), "the link to go", 10)
+        done = fetch(lab, name)
+        assert done.returncode == 125
+        assert "it is not up" in done.stderr
+        up = (
+            TTP,
+            "gateway",
+            "up",
+            name,
+            "--uplink",
+            "pasta",
+            "--torrc",
+            str(lab.home / "fragment"),
+        )
+        again = lab.do(*lab.inside_argv("host", *up))
+        assert again.returncode == 0, again.stderr
+        assert json.loads(fetch(lab, name).stdout)["IsTor"] is True
+
+
+@pytest.mark.promise("P8")
+def test_clients_killed_at_any_moment_leave_nothing(lab: Lab) -> None:
+    """From the first instruction to the running command: no workload, link or element stays."""
+    for delay in range(0, 40, 2):
+        client = subprocess.Popen(lab.command(TTP, "run", "-g", lab.name, "--", "sleep", "60"))
+        time.sleep(delay / 1000)  # the moment that is tested
+        client.kill()
+        client.wait()
+    eventually(
+        lambda: json.loads(lab.ttp("ps", "-g", lab.name, "--json").stdout) == [],
+        "no workload to remain",
+        10,
+    )
+    assert lab.run("true").returncode == 0
+
+
+@pytest.mark.promise("P4")
+def test_before_tor_is_ready_nothing_runs(lab: Lab) -> None:
+    """Without a network Tor does not bootstrap: the command is never started, and we say why."""
+    name = f"{lab.name}-dark"
+    up = (TTP, "gateway", "up", name, "--uplink", "slirp4netns", "--bootstrap-timeout", "1")
+    with lab.tap("router", "p-host") as host:
+        try:
+            done = lab.do(*lab.inside_argv("host", *up))
+            assert done.returncode == 1
+            assert "cannot reach the Tor network: 1 s passed" in done.stderr
+            run = (TTP, "run", "-g", name, "--bootstrap-timeout", "1", "--", "echo", "started")
+            done = lab.do(*lab.inside_argv("host", *run))
+            assert done.returncode == 125
+            assert not done.stdout
+        finally:
+            lab.do(*lab.inside_argv("host", TTP, "gateway", "down", name))
+        capture = host.stop()
+    assert not any(TOKEN in frame.data for frame in capture.frames)

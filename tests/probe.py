@@ -1,0 +1,100 @@
+"""Sends what must not get out, and says what became of each. Runs anywhere: standard library only.
+
+    probe.py NAME...    one JSON object: for each name "sent", or the error that refused it
+
+Every packet carries the token, so that it is found on any wire.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import sys
+from contextlib import suppress
+
+TOKEN = b"ttp-probe-7c1f"
+SITE, SITE6 = "11.200.0.80", "2600:11c8::80"  # the lab's web server, which echoes UDP as well
+RESOLVER, LAN_RESOLVER = "11.200.0.53", "192.168.77.53"
+LAN_WEB, METADATA = "192.168.77.80", "169.254.169.254"
+HOST, HOST6 = "192.168.77.10", "2001:db8:77::10"
+
+
+def datagram(host: str, port: int, payload: bytes = TOKEN) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as udp:
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        udp.settimeout(1)
+        udp.sendto(payload, (host, port))
+        with suppress(TimeoutError):  # sent, and no answer: the wires tell the rest
+            udp.recv(100)
+
+
+def query(resolver: str) -> None:
+    name = b"\x0e" + TOKEN + b"\x04test\0"
+    datagram(resolver, 53, struct.pack(">6H", 7, 0x100, 1, 0, 0, 0) + name + b"\0\1\0\1")
+
+
+def stream(host: str, port: int) -> None:
+    with socket.create_connection((host, port), 3) as tcp:
+        tcp.sendall(b"GET / HTTP/1.0\r\nX-Probe: " + TOKEN + b"\r\n\r\n")
+        tcp.recv(100)
+
+
+def echo_request(host: str) -> None:
+    kind = (socket.SOCK_DGRAM, socket.SOCK_RAW)
+    family, protocol = socket.AF_INET, socket.IPPROTO_ICMP
+    for index, one in enumerate(kind):
+        try:
+            with socket.socket(family, one, protocol) as icmp:
+                header = struct.pack(">BBHHH", 8, 0, 0, 1, 1)
+                words = struct.unpack(">4H7H", header + TOKEN)
+                total = sum(words)
+                total = (total & 0xFFFF) + (total >> 16)
+                header = struct.pack(">BBHHH", 8, 0, ~total & 0xFFFF, 1, 1)
+                icmp.sendto(header + TOKEN, (host, 0))
+                return
+        except PermissionError:
+            if index:
+                raise
+
+
+def raw(protocol: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, protocol) as packets:
+        packets.sendto(TOKEN, (SITE, 0))
+
+
+PROBES = {
+    "udp": lambda: datagram(SITE, 7),
+    "udp6": lambda: datagram(SITE6, 7),
+    "quic": lambda: datagram(SITE, 443),
+    "quic6": lambda: datagram(SITE6, 443),
+    "ntp": lambda: datagram(SITE, 123),
+    "stun": lambda: datagram(SITE, 3478),
+    "ping": lambda: echo_request(SITE),
+    "gre": lambda: raw(47),
+    "lan-tcp": lambda: stream(LAN_WEB, 80),
+    "lan-udp": lambda: datagram(LAN_WEB, 9),
+    "lan-dns": lambda: query(LAN_RESOLVER),
+    "foreign-dns": lambda: query(RESOLVER),
+    "metadata": lambda: stream(METADATA, 80),
+    "host-tcp": lambda: stream(HOST, 22),
+    "mdns": lambda: datagram("224.0.0.251", 5353),
+    "mdns6": lambda: datagram("ff02::fb", 5353),
+    "broadcast": lambda: datagram("255.255.255.255", 67),
+}
+
+
+def main(names: list[str]) -> None:
+    results = {}
+    for name in names or list(PROBES):
+        try:
+            PROBES[name]()
+            results[name] = "sent"
+        except OSError as error:
+            results[name] = f"{type(error).__name__}: {error.strerror}"
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
