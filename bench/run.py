@@ -21,11 +21,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+
+from stem import SocketError
+from stem.control import Controller
 
 from nsrun import facts, linux
 from nsrun.errors import NsrunError
@@ -33,6 +35,7 @@ from nsrun.errors import NsrunError
 ROOT = Path(__file__).resolve().parents[1]
 TTP = str(Path(sys.executable).with_name("ttp"))
 ROUNDS = 100  # of short commands: about 7 s
+BURST = 30
 STARTS = 3
 DOWNLOADS = 5
 BYTES = 20_000_000
@@ -80,16 +83,14 @@ class Lab:
     torrc: str
     host: tuple[str, ...]
 
-    def status(self) -> dict[str, Any]:
-        return dict(json.loads(ttp("lab", "status", "--json", self.name))[0])
-
 
 # -- the lab -----------------------------------------------------------------------------------
 
 
 def boots(name: str) -> Iterator[Figure]:
     """``ttp lab up`` returns when an address oracle, asked through three relays, saw an exit."""
-    cold, baked = [], []
+    cold: list[float] = []
+    baked: list[float] = []
     for index in range(1 + STARTS):
         with timed(baked if index else cold):
             ttp("lab", "up", name, "--no-gateway")
@@ -130,38 +131,47 @@ def lab_up(name: str, files: Path) -> Iterator[tuple[Lab, list[Figure]]]:
 
 
 def cold_starts(lab: Lab) -> Iterator[Figure]:
-    """Both on the simulated host, each with a data directory of its own: empty, then used."""
+    """All on the simulated host, each with a data directory of its own: empty, then used."""
     fragment = lab.files / "fragment"
     fragment.write_text(lab.torrc)
     for state in ("empty", "cached"):
-        plain: list[float] = []
+        alone: list[float] = []
+        owned: list[float] = []
         gateway: list[float] = []
         for index in range(STARTS):
-            with plain_tor(lab, f"plain{index}", plain):
+            with tor(lab, f"alone{index}", alone):
+                pass
+            with tor(lab, f"owned{index}", owned, owned=True):
                 pass
             name = f"{lab.name}-{index}"
             with timed(gateway):
                 run(*lab.host, TTP, "gateway", "up", name, "--torrc", str(fragment))
             run(*lab.host, TTP, "gateway", "down", name)
-        more = [(ours - tors) * 1000 for ours, tors in zip(gateway, plain, strict=True)]
-        yield Figure(f"Tor alone, to bootstrapped, {state} data directory", plain, "s")
-        yield Figure(f"`ttp gateway up`, to ready, {state} data directory", gateway, "s")
-        yield Figure(f"difference, round by round, {state} data directory", more, "ms", most=300)
+        yield Figure(f"Tor alone, to bootstrapped, {state} data directory", alone, "s")
+        yield Figure(f"Tor with a controller, as a gateway's, {state}", owned, "s")
+        yield Figure(f"`ttp gateway up`, to ready, {state}", gateway, "s")
+        for what, tors in (("Tor alone", alone), ("Tor with a controller", owned)):
+            more = [(ours - its) * 1000 for ours, its in zip(gateway, tors, strict=True)]
+            yield Figure(f"`ttp gateway up` minus {what}, {state}", more, "ms", most=300)
 
 
 @contextmanager
-def plain_tor(lab: Lab, name: str, seconds: list[float]) -> Iterator[None]:
-    """A tor on the simulated host with a SocksPort; its time to 100 % is added to ``seconds``."""
-    torrc = lab.files / f"{name}.torrc"
-    lines = (
-        f"DataDirectory {lab.files / name}",
-        f"SocksPort {SOCKS}",
-        "ClientOnly 1",
-        "ShutdownWaitLength 0",
-        "Log notice stdout",
-        lab.torrc,
-    )
-    torrc.write_text("\n".join(lines))
+def tor(lab: Lab, name: str, seconds: list[float], *, owned: bool = False) -> Iterator[None]:
+    """A tor on the simulated host; its time to 100 % is added to ``seconds``.
+
+    ``owned`` as a supervisor's: with __OwningControllerProcess and a control connection, Tor
+    bootstraps at once, while otherwise it waits for the first tick of its clock, a second.
+    """
+    data = lab.files / name
+    data.mkdir(mode=0o700, exist_ok=True)
+    control = data / "control"
+    control.unlink(missing_ok=True)
+    lines = [f"DataDirectory {data}", "ClientOnly 1", "ShutdownWaitLength 0", "Log notice stdout"]
+    if owned:
+        lines += [f"ControlSocket {control}", f"__OwningControllerProcess {os.getpid()}"]
+    port = "0" if owned else SOCKS
+    torrc = data.with_suffix(".torrc")
+    torrc.write_text("\n".join([*lines, f"SocksPort {port}", lab.torrc]))
     dying = ("setpriv", "--pdeathsig", "KILL", "--")
     begin = time.perf_counter()
     process = subprocess.Popen(
@@ -170,12 +180,27 @@ def plain_tor(lab: Lab, name: str, seconds: list[float]) -> Iterator[None]:
         bufsize=0,
     )
     try:
-        await_words(process, b"Bootstrapped 100%", 60)
+        with controller(control) if owned else nullcontext():
+            await_words(process, b"Bootstrapped 100%", 60)
         seconds.append(time.perf_counter() - begin)
         yield
     finally:
         process.terminate()
         process.communicate()
+
+
+def controller(path: Path) -> Controller:
+    """Connect as the supervisor does. Raises NsrunError."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            connected = Controller.from_socket_file(str(path))
+            connected.authenticate()
+            return connected
+        except SocketError as error:
+            if time.monotonic() > deadline:
+                raise NsrunError("wait 20 s for tor's control socket", error) from error
+        time.sleep(0.005)  # the interval of the poll
 
 
 def await_words(process: subprocess.Popen[bytes], words: bytes, seconds: float) -> None:
@@ -197,15 +222,20 @@ def await_words(process: subprocess.Popen[bytes], words: bytes, seconds: float) 
 def warm_starts(lab: Lab) -> Iterator[Figure]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     environment["TTP_GATEWAY"] = lab.name
-    own = str(Path(sys.base_prefix, "bin", "python3"))
-    commands = {"`python3 -c pass`, the interpreter of ttp": (own, "-c", "pass")}
-    commands["`ttp run -- true`"] = (TTP, "run", "--", "true")
-    if Path("/usr/bin/python3").exists() and not Path("/usr/bin/python3").samefile(own):
+    # site-packages of the interpreter itself may hold .pth files that cost many times the rest
+    clean = lab.files / "python"
+    run(f"{sys.base_prefix}/bin/python3", "-m", "venv", "--without-pip", str(clean))
+    floor, ours = "`python3 -c pass`, ttp's interpreter, no packages", "`ttp run -- true`"
+    commands: dict[str, tuple[str, ...]] = {
+        floor: (str(clean / "bin" / "python3"), "-c", "pass"),
+        ours: (TTP, "run", "--", "true"),
+        "`unshare -Urn true`": ("unshare", "-Urn", "true"),
+    }
+    if Path("/usr/bin/python3").exists():
         commands["`/usr/bin/python3 -c pass`"] = ("/usr/bin/python3", "-c", "pass")
     if os.geteuid() == 0:
         run("ip", "netns", "add", lab.name)
         commands["`ip netns exec NAME true`"] = ("ip", "netns", "exec", lab.name, "true")
-    commands["`unshare -Urn true`"] = ("unshare", "-Urn", "true")
     if shutil.which("torsocks"):
         commands["`torsocks true`"] = ("torsocks", "true")
     if shutil.which("bwrap"):
@@ -215,18 +245,15 @@ def warm_starts(lab: Lab) -> Iterator[Figure]:
     for _ in range(ROUNDS):
         for what, command in commands.items():
             times[what].append(spawn(command, environment))
-    floor, ours = (times[what] for what in list(commands)[:2])
     for what, found in times.items():
         yield Figure(what, found, "ms")
-    yield Figure(
-        "ratio of `ttp run -- true` to `python3 -c pass`",
-        [median(ours) / median(floor)],
-        "",
-        most=1.5,
-    )
+    ratios = [mine / least for mine, least in zip(times[ours], times[floor], strict=True)]
+    yield Figure("ratio of `ttp run -- true` to `python3 -c pass`", ratios, "", most=1.5)
+    rush = [spawn(commands[ours], environment) for _ in range(BURST)]
+    yield Figure("`ttp run -- true`, each right after the last", rush, "ms")
 
 
-def spawn(command: Sequence[str], environment: dict[str, str]) -> float:
+def spawn(command: tuple[str, ...], environment: dict[str, str]) -> float:
     """Milliseconds from before the command is started until it has ended."""
     begin = time.perf_counter()
     pid = os.posix_spawnp(command[0], command, environment)
@@ -243,14 +270,15 @@ def downloads(lab: Lab) -> Iterator[Figure]:
     form = "%{size_download} %{time_starttransfer} %{time_total}"
     curl = ("curl", "-sS", "-m", "30", "-o", "/dev/null", "-w", form)
     ours, socks = [], []
-    with plain_tor(lab, "socks", []):
+    with tor(lab, "socks", []):
         for index in range(DOWNLOADS):
             ours.append(rate(ttp("run", "-g", lab.name, "--", *curl, url)))
             proxy = f"socks5h://circuit{index}:x@{SOCKS}"
             socks.append(rate(run(*lab.host, *curl, "--proxy", proxy, url)))
     yield Figure(f"download of {BYTES / MEGA:g} MB by `ttp run -- curl`", ours, "MB/s")
     yield Figure("the same through the SocksPort of a Tor alone", socks, "MB/s")
-    yield Figure("ratio of the two", [median(ours) / median(socks)], "", least=1)
+    ratios = [mine / theirs for mine, theirs in zip(ours, socks, strict=True)]
+    yield Figure("ratio of the two", ratios, "", least=1)
 
 
 def rate(said: str) -> float:
@@ -268,12 +296,13 @@ def at_rest(lab: Lab) -> Iterator[Figure]:
     before = cpu_ms(pid)
     time.sleep(IDLE)  # nothing is awaited: this is the interval that is measured
     used = cpu_ms(pid) - before
-    what = f"supervisor after {ROUNDS + DOWNLOADS + 1} workloads"
+    what = f"supervisor after {ROUNDS + BURST + DOWNLOADS + 1} workloads"
     yield Figure(f"{what}, proportional set size", [memory(pid, "Pss")], "MB", most=40)
-    yield Figure(f"{what}, resident set size", [memory(pid, "Rss")], "MB")
+    yield Figure(f"{what}, resident set size", [memory(pid, "Rss")], "MB", most=40)
     yield Figure(f"{what}, CPU in {IDLE:g} s of rest", [used], "ms")
     what = "memory of the lab's network after the downloads"
-    yield Figure(what, [lab.status()["memory_mb"]], "MB", most=250)
+    found = json.loads(ttp("lab", "status", "--json", lab.name))[0]["memory_mb"]
+    yield Figure(what, [found], "MB", most=250)
 
 
 def memory(pid: int, key: str) -> float:
@@ -299,7 +328,7 @@ def machine() -> list[str]:
     return [
         f"{model or platform.machine()}, {cores} cores, kernel {platform.release()}",
         f"Python {platform.python_version()}, {words('tor')}, {words('nft')}",
-        f"as {'root' if os.geteuid() == 0 else 'an unprivileged user'}, {time.strftime('%Y-%m-%d')}",
+        f"as {'an unprivileged user' if os.geteuid() else 'root'}, {time.strftime('%Y-%m-%d')}",
         f"load average when it began: {load:.2f}, so the machine was {busy}",
     ]
 
@@ -333,17 +362,20 @@ ratios and differences hardly do. All of it ran in a lab, so the network takes n
 {table(figures)}
 How it was measured:
 
-- What is compared was run in turns, round by round. The range is from the least to the greatest.
+- What is compared was run in turns; ratios and differences are those of one round. The range is
+  from the least to the greatest.
 - *lab*: from the start of `ttp lab up` to its end, when it has asked an address oracle through
   three relays and been seen as an exit. Memory is the proportional set size of all its programs.
-- *start*: on the lab's simulated host, with the lab's authorities and Tor's own defaults.
-  `ttp gateway up` ends when its Tor has bootstrapped; the time includes the start of the command
-  line interface, the supervisor, the uplink and the rules.
-- *commands*: from before `posix_spawn` to after `waitpid`, in an environment without `PYTHON*`
-  variables; `python3 -c pass` is what the fastest Python program costs. `ttp run` is on a gateway
-  that is up.
-- *download*: from the first byte to the last, by a new circuit each time, from a web server in the
-  lab. The gateway and the Tor to compare with are two processes with the same defaults.
+- *start*: on the lab's simulated host, with the lab's authorities. `ttp gateway up` ends when its
+  Tor has bootstrapped. *Tor alone* waits a second for the first tick of its clock; a Tor with
+  `__OwningControllerProcess` and a control connection, as every gateway has, does not. So only the
+  difference to the latter tells what ttp adds: command line, supervisor, uplink, rules.
+- *commands*: from before `posix_spawn` to after `waitpid`, without `PYTHON*` variables. The floor
+  is the interpreter of ttp in an empty venv: what lies in its site-packages is not its own cost.
+  `ttp run` is on a gateway that is up, and keeps three workloads ready.
+- *download*: from the first byte to the last, by a new circuit each time. The gateway's Tor and
+  the one with a SocksPort are two processes.
+- *supervisor*: the proportional set size is less when other Python programs share its pages.
 """
 
 
@@ -370,20 +402,29 @@ def timed(seconds: list[float]) -> Iterator[None]:
     seconds.append(time.perf_counter() - begin)
 
 
-def keep_apart(files: Path) -> None:
+@contextmanager
+def kept_apart(files: Path) -> Iterator[None]:
     """Let this process and its children see a cache, a state and `ip netns` of their own."""
     files.chmod(0o711)  # the gateway's Tor is another user
     for name in ("cache", "lib"):
         (files / name).mkdir()
     if os.geteuid() != 0:
         os.environ |= {"XDG_CACHE_HOME": f"{files}/cache", "XDG_STATE_HOME": f"{files}/lib"}
+        yield
         return
+    made = not NETNS.exists()
     NETNS.mkdir(exist_ok=True)
     linux.unshare(linux.CLONE_NEWNS)
     linux.mount("", "/", flags=linux.MS_REC | linux.MS_PRIVATE)
     linux.mount(f"{files}/cache", "/var/cache", flags=linux.MS_BIND)
     linux.mount(f"{files}/lib", "/var/lib", flags=linux.MS_BIND)
     linux.mount("bench", str(NETNS), "tmpfs")
+    try:
+        yield
+    finally:
+        linux.umount(str(NETNS))
+        if made:
+            NETNS.rmdir()
 
 
 def measure(files: Path) -> Iterator[Figure]:
@@ -419,8 +460,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
     began, about = time.monotonic(), machine()
     try:
-        with tempfile.TemporaryDirectory(prefix="ttp-bench-") as name:
-            keep_apart(Path(name))
+        with tempfile.TemporaryDirectory(prefix="ttp-bench-") as name, kept_apart(Path(name)):
             figures = list(measure(Path(name)))
     except NsrunError as error:
         print(f"bench: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import _socket
 import os
 
-from nsrun import linux
+from nsrun import linux, seccomp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 6 ms
@@ -120,13 +120,43 @@ def replace_etc(files: dict[str, str], covered: bool, descriptors: dict[str, int
 
 
 def new_user(uid: int, gid: int) -> None:
-    """Make a user namespace in which the present user is ``uid`` again, with power over nothing."""
+    """Make a user namespace in which the present user is ``uid`` again, with power over nothing.
+
+    Processes outside it, of the same user too, can no longer be traced or looked into.
+    """
     outer = (os.geteuid(), os.getegid())
     linux.prctl(linux.PR_SET_DUMPABLE, 1)  # joining a user namespace closed /proc/self to us
     linux.unshare(linux.CLONE_NEWUSER)
     _write("/proc/self/setgroups", b"deny")
     _write("/proc/self/uid_map", b"%d %d 1" % (uid, outer[0]))
     _write("/proc/self/gid_map", b"%d %d 1" % (gid, outer[1]))
+
+
+def new_users() -> None:
+    """The same for root, who may become others: every user and group is itself again.
+
+    Such maps may be written by a process outside only, hence the child.
+    """
+    maps = {name: _same(f"/proc/self/{name}") for name in ("uid_map", "gid_map")}
+    unshared, go = os.pipe()
+    process = os.getpid()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(go)
+            if os.read(unshared, 1):
+                for name, text in maps.items():
+                    _write(f"/proc/{process}/{name}", text)
+                status = 0
+        finally:
+            os._exit(status)
+    linux.unshare(linux.CLONE_NEWUSER)
+    os.write(go, b"1")
+    os.close(go)
+    os.close(unshared)
+    if os.waitpid(child, 0)[1] != 0:
+        raise PermissionError(1, "its users could not be mapped")
 
 
 def read_only(path: str) -> None:
@@ -150,14 +180,27 @@ def no_new_privileges() -> None:
     linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
 
 
+def filter_calls() -> None:
+    if program := seccomp.program(os.uname().machine):
+        linux.set_seccomp_filter(program)
+
+
 _PLAIN = linux.MS_NOSUID | linux.MS_NODEV
 _VERBS = {
     function.__name__: function
     for function in (
         *(close_sockets, join_user, join_network, new_mounts, hide_run, hide, replace_etc),
-        *(new_user, read_only, drop_capabilities, become, no_new_privileges),
+        *(new_user, new_users, read_only, drop_capabilities, become),
+        *(no_new_privileges, filter_calls),
     )
 }
+
+
+def _same(path: str) -> bytes:
+    """A map of user namespaces that maps each id mapped now to itself."""
+    with open(path) as present:
+        ranges = [line.split() for line in present]
+    return "".join(f"{first} {first} {count}\n" for first, _, count in ranges).encode()
 
 
 def _open_entries(directory: str, names: list[str]) -> list[tuple[str, int]]:

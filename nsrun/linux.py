@@ -8,7 +8,7 @@ Functions keep the kernel's names and raise OSError; man pages are in section 2.
 from __future__ import annotations
 
 import posix
-from _ctypes import CFuncPtr, _SimpleCData, dlopen, dlsym, get_errno
+from _ctypes import CFuncPtr, _SimpleCData, addressof, dlopen, dlsym, get_errno
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
@@ -30,6 +30,7 @@ EINVAL = 22
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP = 22
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
@@ -58,6 +59,10 @@ class _Long(_SimpleCData):  # type: ignore[type-arg]
 
 class _Int(_SimpleCData):  # type: ignore[type-arg]
     _type_ = "i"
+
+
+class _Char(_SimpleCData):  # type: ignore[type-arg]
+    _type_ = "c"
 
 
 class _Function(CFuncPtr):
@@ -120,6 +125,19 @@ def mount_setattr_readonly(target: str) -> None:
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0) -> None:
     _call("prctl", option, arg2, arg3, 0, 0)
+
+
+def set_seccomp_filter(program: bytes) -> None:
+    """Filter this thread's system calls, and its children's, by a BPF program (seccomp(2)).
+
+    Needs no_new_privs. ``program`` is an array of struct sock_filter.
+    """
+    mode_filter = 2
+    code = (_Char * len(program)).from_buffer_copy(program)
+    # struct sock_fprog: a length, padding, a pointer
+    fields = (len(program) // 8).to_bytes(8, "little") + addressof(code).to_bytes(8, "little")
+    header = (_Char * len(fields)).from_buffer_copy(fields)
+    prctl(PR_SET_SECCOMP, mode_filter, addressof(header))
 
 
 def drop_bounding(keep: tuple[str, ...] | list[str] = ()) -> None:

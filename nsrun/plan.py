@@ -236,14 +236,13 @@ def enter_ops(
         ),
         ("replace_etc", files, caller.uid != 0),
     ]
-    if nested:
-        ops.append(("new_user", caller.uid, caller.gid))
-    elif caller.uid == 0:
+    if caller.uid == 0:
         ops += [("read_only", "/proc/sys"), ("read_only", "/sys")]
-    ops.append(("drop_capabilities", [] if nested or caller.uid else list(ROOT_KEEPS)))
+    ops.append(("new_user", caller.uid, caller.gid) if nested else ("new_users",))
+    ops.append(("drop_capabilities", [] if caller.uid else list(ROOT_KEEPS)))
     if caller.switched:
         ops.append(("become", caller.uid, caller.gid, list(caller.groups)))
-    ops.append(("no_new_privileges",))
+    ops += [("no_new_privileges",), ("filter_calls",)]
     return tuple(ops)
 
 

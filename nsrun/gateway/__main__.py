@@ -21,6 +21,7 @@ from nsrun import linux, paths
 from nsrun.cli.run import parse
 from nsrun.errors import GatewayError, MissingError, NsrunError
 from nsrun.gateway.supervisor import Supervisor
+from nsrun.gateway.uplink_veth import sweep_veth
 from nsrun.spec import GatewaySpec, LabUplink
 
 
@@ -46,8 +47,10 @@ def main() -> int:
             level=logging.INFO,
             format="%(asctime)s %(levelname)s %(message)s",
         )
-        logging.getLogger("stem").setLevel(logging.WARNING)
-        if os.geteuid() != 0:
+        logging.getLogger("stem").propagate = False
+        if os.geteuid() == 0:
+            sweep_veth()  # what a killed gateway left on the host
+        else:
             _own_user_namespace()
         uplinks = [one if isinstance(one, str) else LabUplink(**one) for one in request["uplinks"]]
         spec = GatewaySpec(**{**request, "uplinks": tuple(uplinks)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from nsrun import linux
@@ -57,22 +58,35 @@ def connect() -> None:
     for name in ("host", "router", "lan"):
         _ip("netns", "add", name)
     _ip("netns", "attach", "inet", str(os.getpid()))
+    for name in topology.NAMESPACES:
+        _inside(name, _keep_still)
     _ip("-batch", "-", text=topology.inet_links())
     _ip("-netns", "router", "-batch", "-", text=topology.router_links())
     _ip("-netns", "host", "-batch", "-", text=topology.host_links())
     _ip("-netns", "lan", "-batch", "-", text=topology.lan_links())
     _answer_anywhere()
-    for name, prepare in (("router", _forward), ("lan", _let_dns_bind)):
-        namespace = Namespace(path(name))
-        try:
-            namespace.call(prepare)
-        finally:
-            namespace.close()
+    _inside("router", _forward)
+    _inside("lan", _let_dns_bind)
 
 
 def path(name: str) -> str:
     """Where the lab itself finds the network namespace ``name``."""
     return f"/run/netns/{name}"
+
+
+def _inside(name: str, prepare: Callable[[], None]) -> None:
+    namespace = Namespace(path(name))
+    try:
+        namespace.call(prepare)
+    finally:
+        namespace.close()
+
+
+def _keep_still() -> None:
+    """No chatter of the kernel itself on wires that are watched, once they are up (RFC 4861)."""
+    _set("ipv6/conf/default/router_solicitations", 0)
+    _set("ipv6/conf/default/accept_dad", 0)
+    _set("ipv6/conf/default/mldv2_unsolicited_report_interval", 1)  # ms
 
 
 def _answer_anywhere() -> None:

@@ -122,7 +122,7 @@ def inet_links() -> str:
         "link add isp0 type veth peer name wan0 netns router",
         f"address add {ISP}/30 dev isp0",
         f"address add {ISP6}/64 dev isp0 nodad",
-        "link set isp0 up",
+        "link set isp0 addrgenmode none up",
         # whatever else is sent to the internet arrives here too, and is answered: a leak succeeds
         "route add local 0.0.0.0/0 dev lo table main",
         "route add local ::/0 dev lo table main",
@@ -135,10 +135,11 @@ def router_links() -> str:
         "link set lo up",
         f"address add {WAN}/30 dev wan0",
         f"address add {WAN6}/64 dev wan0 nodad",
-        "link set wan0 up",
+        "link set wan0 addrgenmode none up",
         f"route add default via {ISP}",
         f"route add default via {ISP6}",
         "link add lan0 type bridge mcast_snooping 0",
+        "link set lan0 addrgenmode none",
         f"address add {ROUTER}/24 dev lan0",
         f"address add {ROUTER6}/64 dev lan0 nodad",
         "link set lan0 up",
@@ -147,8 +148,7 @@ def router_links() -> str:
             for name in ("host", "lan")
             for line in (
                 f"link add p-{name} type veth peer name eth0 netns {name}",
-                f"link set p-{name} master lan0",
-                f"link set p-{name} up",
+                f"link set p-{name} addrgenmode none master lan0 up",
             )
         ),
         f"route add {METADATA} dev lan0",
@@ -156,11 +156,12 @@ def router_links() -> str:
 
 
 def host_links() -> str:
-    return _on_lan(HOST, HOST6)
+    """The host alone has a link-local address, as real ones do: pasta asks for one."""
+    return _on_lan(HOST, HOST6, "eui64")
 
 
 def lan_links() -> str:
-    return _on_lan(RESOLVER, RESOLVER6) + _lines(
+    return _on_lan(RESOLVER, RESOLVER6, "none") + _lines(
         f"address add {LAN_WEB}/24 dev eth0",
         f"address add {LAN_WEB6}/64 dev eth0 nodad",
         f"address add {METADATA}/32 dev eth0",
@@ -180,12 +181,12 @@ table inet lab {
 """
 
 
-def _on_lan(address: str, address6: str) -> str:
+def _on_lan(address: str, address6: str, link_local: str) -> str:
     return _lines(
         "link set lo up",
         f"address add {address}/24 dev eth0",
         f"address add {address6}/64 dev eth0 nodad",
-        "link set eth0 up",
+        f"link set eth0 addrgenmode {link_local} up",
         f"route add default via {ROUTER}",
         f"route add default via {ROUTER6}",
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import pty
-import select
 import signal
 import struct
 import subprocess
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lab_helpers import ORACLE, TTP, Lab
+from terminal import Terminal
 
 pytestmark = pytest.mark.lab
 
@@ -180,30 +179,6 @@ def test_sockets_of_the_host_are_not_inherited(lab: Lab) -> None:
     without = lab.do("/usr/bin/python3", "-c", script, "/bin/sh", "-c", look).stdout.split()
     assert int(without[0]) - int(with_us[0]) == 1
     assert with_us[1] == without[1]
-
-
-class Terminal:
-    """A command on a terminal of its own, as a shell's foreground job would be."""
-
-    def __init__(self, command: list[str]) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.execvp(command[0], command)
-
-    def expect(self, text: str, seconds: float = 20) -> str:
-        seen, deadline = "", time.monotonic() + seconds
-        while text not in seen:
-            left = deadline - time.monotonic()
-            assert left > 0, f"waited {seconds} s for {text!r}, saw {seen!r}"
-            if select.select([self.fd], [], [], left)[0]:
-                seen += os.read(self.fd, 4096).decode(errors="replace")
-        return seen
-
-    def type(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def wait(self, options: int = 0) -> int:
-        return os.waitpid(self.pid, options)[1]
 
 
 def test_a_terminal_is_the_commands_own(lab: Lab) -> None:

@@ -1,0 +1,123 @@
+"""Ways around the namespace that lead through another process, a terminal or the kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lab_helpers import PLAIN_ORACLE, TTP, Lab
+from nsrun.lab import topology
+from nsrun.leak.verdict import Value, as_text, judge
+from terminal import Terminal
+from town import eventually
+
+pytestmark = pytest.mark.lab
+
+PYTHON = "/usr/bin/python3"
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+
+
+@contextmanager
+def sleeper(lab: Lab) -> Iterator[int]:
+    """A process of the user's own, outside any workload."""
+    command = (*(NOBODY if lab.who == "root" else ()), "sleep", "60")
+    with subprocess.Popen(lab.command(*command)) as process:
+        name = Path(f"/proc/{process.pid}/comm")
+        eventually(lambda: name.read_text() == "sleep\n", "the sleeper to sleep")
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+@pytest.mark.promise("P6", "P10")
+def test_processes_outside_cannot_be_looked_into(lab: Lab) -> None:
+    """The user's own shell is a way out, if it can be traced; so can the user do, outside."""
+    options = ("--user", "nobody") if lab.who == "root" else ()
+    outside = NOBODY if lab.who == "root" else ()
+    with sleeper(lab) as pid:
+        look = ("readlink", f"/proc/{pid}/ns/net", f"/proc/{pid}/root", f"/proc/{pid}/fd/0")
+        assert lab.do(*outside, *look).returncode == 0
+        inside = lab.run(*look, options=options)
+        assert (inside.returncode, inside.stdout) == (1, "")
+
+
+@pytest.mark.promise("P10")
+def test_a_terminal_takes_no_input_from_the_command(lab: Lab) -> None:
+    """TIOCSTI: what is pushed into the terminal would be run by the shell outside."""
+    push = (
+        "import fcntl\n"
+        "try: fcntl.ioctl(0, 0x5412, b'x'); print('pushed')\n"
+        "except OSError as e: print('refused', e.errno)"
+    )
+    inside = Terminal(lab.command(TTP, "run", "-g", lab.name, "--", PYTHON, "-c", push))
+    inside.expect("refused 1")
+    inside.wait()
+    legacy = Path("/proc/sys/dev/tty/legacy_tiocsti")
+    outside = Terminal(lab.command(PYTHON, "-c", push))
+    outside.expect("refused 5" if legacy.exists() and legacy.read_text() == "0\n" else "pushed")
+    outside.wait()
+
+
+@pytest.mark.promise("P3", "P10")
+def test_sockets_that_no_namespace_holds_are_refused(lab: Lab) -> None:
+    """AF_VSOCK leads to the hypervisor from any network namespace; IP and Unix sockets work."""
+    ask = (
+        "import errno, socket\n"
+        "for family in (40, 31, 2, 10, 1):\n"
+        "  try: socket.socket(family, 1).close(); print(family, 'made')\n"
+        "  except OSError as e: print(family, errno.errorcode[e.errno])"
+    )
+    done = lab.run(PYTHON, "-c", ask)
+    expected = ["40 EAFNOSUPPORT", "31 EAFNOSUPPORT", "2 made", "10 made", "1 made"]
+    assert done.stdout.splitlines() == expected
+    status = lab.run("grep", "Seccomp:", "/proc/self/status").stdout.split()
+    assert status == ["Seccomp:", "2"]
+
+
+@pytest.mark.promise("P11")
+def test_no_command_of_ours_talks_to_anybody(lab: Lab) -> None:
+    """Every command, on the simulated host: its wire carries Tor to relays, and no more."""
+    with lab.tap("router", "p-host") as host, lab.other_gateway("slirp4netns") as name:
+        for command in (
+            ("gateway", "ls"),
+            ("gateway", "inspect", name),
+            ("gateway", "logs", name),
+            ("ps",),
+            ("plan", "--", "curl", PLAIN_ORACLE),
+            ("run", "-g", name, "--", "curl", "-sS", PLAIN_ORACLE),
+            ("--version",),
+            ("lab", "status"),
+        ):
+            done = lab.do(*lab.inside_argv("host", TTP, *command))
+            assert done.returncode == 0, done.stderr
+        ours = lab.rules(topology.HOST, topology.HOST6)
+        verdict = judge("host", host.stop(), ours, expect_some=True)
+    assert verdict.value is Value.CONTAINED, as_text([verdict])
+
+
+@pytest.mark.promise("P8", "P9")
+def test_what_a_killed_veth_uplink_leaves_is_swept(lab: Lab) -> None:
+    """Its table and forwarding switch stay on the host, closed; the next start removes them."""
+    if lab.who == "user":  # where the kernel allows no such link, nothing is made at all
+        refused = lab.ttp("gateway", "up", f"{lab.name}-v", "--uplink", "veth")
+        assert refused.returncode == 1
+        return
+
+    def tables() -> str:
+        return lab.do(*lab.inside_argv("host", "nft", "list", "tables")).stdout
+
+    before = tables()
+    with lab.other_gateway("veth", stays=False) as name:
+        found = json.loads(lab.do(*lab.inside_argv("host", TTP, "gateway", "inspect", name)).stdout)
+        assert tables() != before
+        os.kill(found["pid"], 9)
+        eventually(lambda: not Path(f"/proc/{found['pid']}").exists(), "its end")
+        with lab.other_gateway("slirp4netns"):
+            assert tables() == before
