@@ -355,8 +355,8 @@ def table(figures: Sequence[Figure]) -> str:
 def document(about: Sequence[str], figures: Sequence[Figure], seconds: float) -> str:
     return f"""# Benchmarks
 
-Made by `make bench` (`bench/run.py --write`) in {seconds:.0f} s. Times depend on the machine;
-ratios and differences hardly do. All of it ran in a lab, so the network takes no time.
+Made by `make bench` (`bench/run.py --write`) in {seconds:.0f} s. Times depend on the machine,
+and on a busy one so do ratios. All of it ran in a lab, so the network takes no time.
 
 {"".join(f"- {line}" + chr(10) for line in about)}
 {table(figures)}

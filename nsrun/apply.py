@@ -98,7 +98,7 @@ class Machine:
 
     def _load(self, step: Step, where: str, text: str) -> None:
         self._run(step, where, ("nft", "-f", "-"), text)
-        if table := re.match(r"table (inet \S+)\n", text):
+        if table := re.match(r"table (inet \S+)", text):
             listed = self._run(step, where, ("nft", "list", "table", *table[1].split()), "")
             if ruleset.outline(listed) != ruleset.outline(text):
                 raise VerifyError(

@@ -145,8 +145,9 @@ class Supervisor:
 
     def _links_changed(self, monitor: socket.socket) -> None:
         for link in gone_links(monitor):
-            if link == UPLINK_LINK and self.uplink is not None and self.uplink.pidfd is None:
-                self._uplink_died(StartUplink(self.spec.uplinks))
+            if link == UPLINK_LINK and "uplink" in self.machine.processes:
+                if self.uplink is not None and self.uplink.pidfd is None:
+                    self._uplink_died(StartUplink(self.spec.uplinks))
             elif link.startswith(LINK_PREFIX) and (ended := self.workloads.ended(link)):
                 log.info("workload %s ended", ended.name or link)
         self._notify()
@@ -157,8 +158,7 @@ class Supervisor:
         while True:
             if self.ready:
                 await asyncio.sleep(REST)
-                while self.workloads.fill():
-                    await asyncio.sleep(0)
+                await self.workloads.fill()
             if self.workloads.live or not self.spec.idle:
                 await self._change(None)
                 idle_since = self._loop.time()
@@ -245,7 +245,7 @@ class Supervisor:
         nested = asked["user_namespace"] != Path("/proc/self/ns/user").stat().st_ino
         caller, environment = resolve(spec, asked, nested)
         await self._bootstrapped(connection, spec.bootstrap_timeout)
-        live, fd = self.workloads.give(spec.name, peer, spec.command, spec.ipv6)
+        live, fd = await self.workloads.give(spec.name, peer, spec.command, spec.ipv6)
         log.info("workload %s: pid %d, %s", live.name, peer, " ".join(spec.command))
         descriptors = {"network": fd}
         if nested:

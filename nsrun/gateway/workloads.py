@@ -6,6 +6,7 @@ namespace has ended: nobody else has to be alive, or to behave, for that.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
@@ -62,14 +63,12 @@ class Workloads:
         self.live: dict[str, Live] = {}  # by link
         self.given = 0
 
-    def fill(self) -> bool:
-        """Make one more ready workload. False when there are enough."""
-        if len(self._ready) >= READY:
-            return False
-        self._ready.append(self._make())
-        return True
+    async def fill(self) -> None:
+        """Make ready workloads until there are enough of them."""
+        while len(self._ready) < READY:
+            self._ready.append(await self._make())
 
-    def give(
+    async def give(
         self, name: str | None, pid: int, command: tuple[str, ...], ipv6: bool
     ) -> tuple[Live, int]:
         """A workload and a descriptor of its namespace, which the caller must close.
@@ -78,13 +77,14 @@ class Workloads:
         """
         self.given += 1
         name = name or f"{Path(command[0]).name[:20]}-{self.given}"
+        live = self._ready.pop(0) if self._ready else await self._make()
         if any(other.name == name for other in self.live.values()):
+            self._ready.append(live)
             raise NsrunError(
                 f"name the workload {name}",
                 "another one of this gateway has that name",
                 "choose another, or leave --name out; ttp ps lists them",
             )
-        live = self._ready.pop(0) if self._ready else self._make()
         if not ipv6:
             live.machine.do(SetSysctl("workload", "net.ipv6.conf.all.disable_ipv6", "1"))
         live.name, live.pid, live.command, live.since = name, pid, command, time.time()
@@ -136,11 +136,15 @@ class Workloads:
         self._ready.clear()
         self.live.clear()
 
-    def _make(self) -> Live:
-        effects: list[str] = []
-        machine = Machine({"gateway": self._gateway}, echo=effects.append)
+    async def _make(self) -> Live:
+        """In a thread: other requests need not wait for the programs that it runs."""
         workload = Workload(self._block, self._number)
         self._number += 1
+        return await asyncio.to_thread(self._build, workload)
+
+    def _build(self, workload: Workload) -> Live:
+        effects: list[str] = []
+        machine = Machine({"gateway": self._gateway}, echo=effects.append)
         undo = apply(workload_steps(workload, self._facts), machine.do)
         inode = os.fstat(machine.namespaces["workload"].fd).st_ino
         machine.echo = lambda _: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -37,7 +38,7 @@ def town(tmp_path: os.PathLike[str]) -> Iterator[Town]:
         stack.callback(workloads.close)
         actors = []
         for name in ("app", "bob"):
-            live, fd = workloads.give(name, os.getpid(), ("true",), ipv6=True)
+            live, fd = asyncio.run(workloads.give(name, os.getpid(), ("true",), ipv6=True))
             space = Namespace(f"/proc/self/fd/{fd}")
             os.close(fd)
             stack.callback(space.close)
