@@ -90,7 +90,7 @@ def ask(path: str, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, i
 
     Raises NotHereError or RefusedError. Progress on the way is shown on a terminal.
     """
-    server = connect(path)
+    server, answered = connect(path), False
     try:
         try:
             server.sendall((_encode(request) + "\n").encode())
@@ -120,9 +120,12 @@ def ask(path: str, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, i
                 elif "elsewhere" in answer:
                     raise NotHereError
                 else:
-                    return answer, dict(zip(answer["descriptors"], fds, strict=True))
+                    found = dict(zip(answer["descriptors"], fds, strict=True))
+                    answered = True  # the connection may be of use still
+                    return answer, {**found, "supervisor": server.detach()}
     finally:
-        server.close()
+        if not answered:
+            server.close()
 
 
 def connect(path: str) -> _socket.socket:

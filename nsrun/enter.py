@@ -11,7 +11,7 @@ from __future__ import annotations
 import _socket
 import os
 
-from nsrun import linux, seccomp
+from nsrun import linux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 6 ms
@@ -26,7 +26,7 @@ def perform(op: list[Any], descriptors: dict[str, int]) -> None:
     Raises OSError, with the path concerned where there is one.
     """
     verb, *arguments = op
-    if verb in ("join_user", "join_network", "replace_etc"):
+    if verb in ("join_user", "join_network", "replace_etc", "new_users"):
         arguments.append(descriptors)
     _VERBS[verb](*arguments)
 
@@ -132,31 +132,15 @@ def new_user(uid: int, gid: int) -> None:
     _write("/proc/self/gid_map", b"%d %d 1" % (gid, outer[1]))
 
 
-def new_users() -> None:
+def new_users(descriptors: dict[str, int]) -> None:
     """The same for root, who may become others: every user and group is itself again.
 
-    Such maps may be written by a process outside only, hence the child.
+    Only a process outside may write such a map: the supervisor does, when asked.
     """
-    maps = {name: _same(f"/proc/self/{name}") for name in ("uid_map", "gid_map")}
-    unshared, go = os.pipe()
-    process = os.getpid()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.close(go)
-            if os.read(unshared, 1):
-                for name, text in maps.items():
-                    _write(f"/proc/{process}/{name}", text)
-                status = 0
-        finally:
-            os._exit(status)
     linux.unshare(linux.CLONE_NEWUSER)
-    os.write(go, b"1")
-    os.close(go)
-    os.close(unshared)
-    if os.waitpid(child, 0)[1] != 0:
-        raise PermissionError(1, "its users could not be mapped")
+    os.write(descriptors["supervisor"], b"m")
+    if os.read(descriptors["supervisor"], 1) != b"m":
+        raise PermissionError(1, "the supervisor did not map its users")
 
 
 def read_only(path: str) -> None:
@@ -180,9 +164,10 @@ def no_new_privileges() -> None:
     linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
 
 
-def filter_calls() -> None:
-    if program := seccomp.program(os.uname().machine):
-        linux.set_seccomp_filter(program)
+def filter_calls(program: str) -> None:
+    """Refuse the system calls that the BPF program (nsrun/seccomp.py), in hexadecimal, refuses."""
+    if program:
+        linux.set_seccomp_filter(bytes.fromhex(program))
 
 
 _PLAIN = linux.MS_NOSUID | linux.MS_NODEV
@@ -194,13 +179,6 @@ _VERBS = {
         *(no_new_privileges, filter_calls),
     )
 }
-
-
-def _same(path: str) -> bytes:
-    """A map of user namespaces that maps each id mapped now to itself."""
-    with open(path) as present:
-        ranges = [line.split() for line in present]
-    return "".join(f"{first} {first} {count}\n" for first, _, count in ranges).encode()
 
 
 def _open_entries(directory: str, names: list[str]) -> list[tuple[str, int]]:

@@ -40,6 +40,7 @@ def probe() -> Facts:
         networks=tuple(f"{local}/{length}" for local, length, _ in addresses),
         ipv6=any(":" in local and scope == "global" for local, _, scope in addresses),
         nsswitch=_text("/etc/nsswitch.conf"),
+        machine=os.uname().machine,
     )
 
 

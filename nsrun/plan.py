@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from nsrun import ruleset, torrc
+from nsrun import ruleset, seccomp, torrc
 from nsrun.address import AddressBlock, choose_block
 from nsrun.spec import Caller, GatewaySpec
 from nsrun.steps import (
@@ -60,6 +60,7 @@ class Facts:
 
     ``tor_uid`` and ``tor_gid`` are as seen in the user namespace that the supervisor runs in.
     ``networks`` are those the host has an address in. ``nsswitch`` is the host's file.
+    ``machine`` is that of uname(2).
     """
 
     supervisor: int
@@ -68,6 +69,7 @@ class Facts:
     networks: tuple[str, ...]
     ipv6: bool
     nsswitch: str
+    machine: str
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ def enter_ops(
     ops.append(("drop_capabilities", [] if caller.uid else list(ROOT_KEEPS)))
     if caller.switched:
         ops.append(("become", caller.uid, caller.gid, list(caller.groups)))
-    ops += [("no_new_privileges",), ("filter_calls",)]
+    ops += [("no_new_privileges",), ("filter_calls", seccomp.program(facts.machine).hex())]
     return tuple(ops)
 
 

@@ -64,12 +64,13 @@ def start(spec: GatewaySpec, echo: Callable[[str], None] | None = None) -> None:
 def ask(name: str, request: dict[str, Any]) -> dict[str, Any]:
     """Send a request to the supervisor of gateway ``name``. Raises GatewayError."""
     try:
-        answer, _ = client.ask(f"{paths.gateway(name)}/api", request)
+        answer, descriptors = client.ask(f"{paths.gateway(name)}/api", request)
     except client.NotHereError:
         hint = f"ttp gateway up {name}"
         raise GatewayError(f"reach the gateway {name}", "it is not up", hint) from None
     except client.RefusedError as error:
         raise GatewayError(error.doing, error.cause, error.hint) from None
+    os.close(descriptors["supervisor"])
     return answer
 
 

@@ -208,7 +208,7 @@ class Supervisor:
                 await self._handle(connection, json.loads(line), peer)
             except NsrunError as error:
                 await self._send(connection, {"error": _as_json(error)})
-            except (ConnectionError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 log.warning("a request ended: %s", error)
 
     async def _handle(self, connection: socket.socket, request: dict[str, Any], peer: int) -> None:
@@ -267,7 +267,10 @@ class Supervisor:
         finally:
             for descriptor in descriptors.values():
                 os.close(descriptor)
-            self._notify()
+        if not nested and await self._loop.sock_recv(connection, 1):
+            _map_users(peer)
+            await self._loop.sock_sendall(connection, b"m")
+        self._notify()
 
     async def _bootstrapped(self, connection: socket.socket, timeout: float) -> None:
         """Wait until Tor is ready, telling the client how far it is. Raises GatewayError."""
@@ -350,6 +353,14 @@ class Supervisor:
 
 CA_FILE = "/etc/ssl/certs/ca-certificates.crt"
 CA_VARIABLES = ("SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
+
+
+def _map_users(pid: int) -> None:
+    """Map every user and group of ours to itself in the new user namespace of process ``pid``."""
+    for kind in ("uid_map", "gid_map"):
+        ranges = [line.split() for line in Path(f"/proc/self/{kind}").read_text().splitlines()]
+        text = "".join(f"{first} {first} {count}\n" for first, _, count in ranges)
+        Path(f"/proc/{pid}/{kind}").write_text(text)
 
 
 def _listen(path: str) -> socket.socket:

@@ -38,6 +38,7 @@ FACTS = Facts(
     networks=("192.168.1.20/24",),
     ipv6=True,
     nsswitch="passwd: files\nhosts: files mdns4_minimal [NOTFOUND=return] dns\n",
+    machine="x86_64",
 )
 ROOT = Caller(0, 0, (0,))
 USER = Caller(1000, 1000, (27, 1000), "/tmp/bus", "/run/user/1000")

@@ -20,7 +20,7 @@ from town import BLOCK, Actor, TorStandIn, Town, Uplink
 
 @pytest.fixture
 def town(tmp_path: os.PathLike[str]) -> Iterator[Town]:
-    facts = Facts(os.getpid(), 0, 0, (), True, "")
+    facts = Facts(os.getpid(), 0, 0, (), True, "", "x86_64")
     spec = GatewaySpec("g", f"{tmp_path}/r/gateways/g", f"{tmp_path}/s/gateways/g")
     machine = Machine(
         starters={

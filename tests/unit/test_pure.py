@@ -12,7 +12,7 @@ from nsrun.spec import GatewaySpec, RunSpec
 from nsrun.steps import LoadRules, StartTor, StartUplink, WriteFile
 from nsrun.torrc import REFUSED, check_fragment
 
-FACTS = Facts(1, 107, 113, ("192.168.1.2/24",), True, "")
+FACTS = Facts(1, 107, 113, ("192.168.1.2/24",), True, "", "x86_64")
 SPEC = GatewaySpec("g", "/run/ttp/gateways/g", "/var/lib/ttp/gateways/g")
 
 
