@@ -18,14 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nsrun.errors import ExitCode, NsrunError
 from nsrun.lab.topology import GATEWAY, GATEWAY6, LAN_WEB, METADATA, ROUTER, ROUTER6, WEB
 from nsrun.leak.capture import tap
-from nsrun.leak.frames import Ethernet, Frame, Icmp, Ip
 from nsrun.leak.verdict import Neighbours, TcpToRelays, Value, as_text, judge, worst
 
 LAB = "demo"
@@ -57,27 +55,6 @@ STRAYS = {
     "the cloud's metadata service": ("curl", "-sS", "-m", "5", f"http://{METADATA}/"),
     "all neighbours, by IPv6 link-local multicast": NEIGHBOURS,
 }
-
-
-@dataclass(frozen=True)
-class Greetings:
-    """What the lab's own machines, known by their MAC addresses, multicast after they booted.
-
-    Router solicitations (RFC 4861) and multicast listener reports (RFC 3810), and no more.
-    """
-
-    machines: frozenset[str]
-    name: str = "by the lab's own machines after boot"
-
-    def covers(self, frame: Frame) -> bool:
-        match frame:
-            case Frame(
-                ethernet=Ethernet(source=machine, vlans=()),
-                body=Ip(target="ff02::2" | "ff02::16", body=Icmp(version=6, kind=133 | 143)),
-                trailer=0,
-            ):
-                return machine in self.machines
-        return False
 
 
 def main() -> int:
@@ -112,11 +89,9 @@ def tour() -> bool:
     wire, host_wire = lab["wires"]["gateway"][1], lab["wires"]["host"][1]
     relays = {(address, lab["or_port"]) for both in lab["relays"].values() for address in both}
     ours = frozenset({GATEWAY, GATEWAY6})
-    greetings = Greetings(machines())
     allowed = (
         TcpToRelays(ours, frozenset(relays)),
         Neighbours(ours | {ROUTER, ROUTER6}),
-        greetings,
     )
     router = (TTP, *inside("router"))
     print(f"\nTaps on {wire}, the gateway's uplink, and on {host_wire}, the host's wire.")
@@ -134,7 +109,7 @@ def tour() -> bool:
                 show(*RUN, *command)
             verdicts = [
                 judge(wire, gateway.stop(), allowed, expect_some=True),
-                judge(host_wire, host.stop(), (greetings,)),
+                judge(host_wire, host.stop(), ()),
             ]
         print("\nControl: the same UDP packet from the host itself, without ttp run:")
         with tap(host_wire, files / "control.pcap", router) as control:
@@ -176,17 +151,6 @@ def show(*arguments: str) -> str:
 
 def inside(place: str) -> tuple[str, ...]:
     return ("lab", "run", "--lab", LAB, "--in", place, "--")
-
-
-def machines() -> frozenset[str]:
-    """MAC addresses of the lab's host, LAN and router; the gateway's is not among them."""
-    names = {"host": {"eth0"}, "lan": {"eth0"}, "router": {"lan0", "p-host", "p-lan"}}
-    return frozenset(
-        link["address"]
-        for place, own in names.items()
-        for link in ask(*inside(place), "ip", "-json", "link", "show")
-        if link["ifname"] in own
-    )
 
 
 def lab_status(*names: str) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from nsrun.apply import Machine, apply
 from nsrun.errors import ExitCode, GatewayError, NsrunError, UsageError
 from nsrun.gateway import uplink
 from nsrun.gateway.tor import Progress, Tor
-from nsrun.gateway.workloads import Workloads, gone_links, link_monitor
+from nsrun.gateway.workloads import Workloads, gone_links, learn_netlink, link_monitor
 from nsrun.plan import LINK_PREFIX, Workload, enter_ops, gateway_steps
 from nsrun.plan import UPLINK as UPLINK_LINK
 from nsrun.spec import GatewaySpec, RunSpec
@@ -80,13 +80,14 @@ class Supervisor:
         self.workloads = Workloads(gateway, self.facts, Workload(self.block, 2))
         monitor = link_monitor(gateway)
         self._loop.add_reader(monitor, self._links_changed, monitor)
+        reading = asyncio.ensure_future(asyncio.to_thread(learn_netlink))  # while Tor bootstraps
         accepting = asyncio.ensure_future(self._accept(server))
         idle = asyncio.ensure_future(self._watch_idle())
         self._tell({"ready": True})
         try:
             await self._stop.wait()
         finally:
-            for task in (accepting, idle):
+            for task in (reading, accepting, idle):
                 task.cancel()
             self._loop.remove_reader(monitor)
             monitor.close()

@@ -170,6 +170,11 @@ def link_monitor(gateway: Namespace) -> socket.socket:
     return gateway.call(make)
 
 
+def learn_netlink() -> None:
+    """Load the parser of netlink messages, which takes 120 ms, before there is one to parse."""
+    import pyroute2.netlink.rtnl.marshal  # noqa: F401
+
+
 def gone_links(monitor: socket.socket) -> list[str]:
     """Names of the links that went since the last call."""
     from pyroute2.netlink.rtnl import RTM_DELLINK
