@@ -38,7 +38,7 @@ LINK_MAC = "02:00:00:00:00:01"
 # What a program may see of /run. Everything else there is a door to a process outside, which could
 # resolve or connect on its behalf (P6): nscd, systemd-resolved, avahi, D-Bus, Docker, Tor itself.
 RUN_KEPT = (
-    *("lock", "log", "media", "motd.d", "mount", "screen", "shm", "sshd", "tmux", "udev", "utmp"),
+    *("lock", "log", "media", "motd.d", "mount", "shm", "sshd", "udev", "utmp"),
     *("booted-system", "current-system", "opengl-driver", "wrappers"),  # NixOS keeps programs here
 )
 # The same for XDG_RUNTIME_DIR: displays, their keys, and agents that sign but do not connect.

@@ -285,10 +285,12 @@ class Supervisor:
                 await self._send(connection, told_line)
             left = deadline - self._loop.time()
             if left <= 0:
-                cause = self._problem or progress.problem or "Tor gives no reason"
+                cause = f"{timeout:g} s passed at {progress.percent} % ({progress.summary})"
+                if problem := self._problem or progress.problem:
+                    cause += f": {problem}"
                 raise GatewayError(
                     "reach the Tor network",
-                    f"{timeout:g} s passed at {progress.percent} % ({progress.summary}): {cause}",
+                    cause,
                     f"more in: ttp gateway logs {self.spec.name}; more time: --bootstrap-timeout",
                 )
             await self._change(left)
