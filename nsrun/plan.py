@@ -154,13 +154,8 @@ _GATEWAY_SYSCTLS = (
     # the kill switch: with it off, no packet of a workload is ever forwarded, rules or no rules
     ("net.ipv4.ip_forward", "0"),
     ("net.ipv6.conf.all.forwarding", "0"),
-    ("net.ipv4.conf.all.rp_filter", "1"),
+    # else the gateway would tell the uplink's neighbours that it has the links' address
     ("net.ipv4.conf.all.arp_ignore", "1"),
-    ("net.ipv4.conf.all.accept_redirects", "0"),
-    ("net.ipv4.conf.all.accept_source_route", "0"),
-    ("net.ipv6.conf.all.accept_redirects", "0"),
-    # a packet in the middle of a connection that conntrack forgot starts no new one
-    ("net.netfilter.nf_conntrack_tcp_loose", "0"),
     # connections of a killed Tor keep the namespace, and workloads' links, for as long as the
     # kernel tries to close them: over a dead uplink about 100 s, thus 1 s
     ("net.ipv4.tcp_orphan_retries", "1"),

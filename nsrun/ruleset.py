@@ -252,11 +252,11 @@ def _redirects(policy: Policy, at: Capture) -> Iterator[str]:
 def _refusals(at: Capture) -> Iterator[str]:
     """After the redirects: what was not redirected is refused, fast, so that programs fall back.
 
-    An invalid packet belongs to no flow that conntrack remembers; NAT would not touch it, which
-    is how FIN, RST and late data of a redirected connection leaked in 2014 (tor-talk 032503).
+    That includes packets of a flow that conntrack does not remember, which NAT does not touch:
+    FIN, RST and late data of redirected connections leaked so in 2014 (tor-talk 032503), where
+    only what was invalid was dropped, and the rest accepted.
     """
     yield from at.exempt()
-    yield _rule("P3 packets of no known flow", f"{at.caught}ct state invalid drop")
     yield _rule("P1 P2 what was redirected", f"{at.caught}ct status dnat accept")
     yield _rule("P3 other TCP is refused", f"{at.caught}meta l4proto tcp reject with tcp reset")
     yield _rule("P3 all else is refused", f"{at.caught}reject with icmpx admin-prohibited")

@@ -71,8 +71,12 @@ class Actor:
     def send(self, host: str, port: int, payload: bytes) -> socket.socket:
         """A connected UDP socket that has sent ``payload``."""
         udp = self.open(_family(host), socket.SOCK_DGRAM)
-        udp.connect((host, port))
-        udp.send(payload)
+        try:
+            udp.connect((host, port))
+            udp.send(payload)
+        except OSError:
+            udp.close()
+            raise
         return udp
 
     def ask(self, resolver: str, name: str) -> bytes:
@@ -150,9 +154,9 @@ class Uplink:
                     f"link set eth0 address {LINK_MAC} addrgenmode none arp off up",
                     f"address add {WORLD4}/24 dev eth0",
                     f"address add {WORLD6}/64 dev eth0 nodad",
-                    "route add local 0.0.0.0/1 dev lo",
-                    "route add local 128.0.0.0/1 dev lo",
-                    "route add local 2000::/3 dev lo",
+                    "route add local 0.0.0.0/1 dev lo table main",
+                    "route add local 128.0.0.0/1 dev lo table main",
+                    "route add local 2000::/3 dev lo table main",
                     f"route add {UPLINK4}/32 dev eth0",
                     f"route add {UPLINK6}/128 dev eth0",
                     # the way back to workloads, so that an unguarded packet is even answered

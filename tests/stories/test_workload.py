@@ -20,6 +20,7 @@ import pytest
 
 from nsrun.plan import LINK_MAC
 from nsrun.ruleset import TRANS_PORT
+from nsrun.steps import SetSysctl
 from town import (
     GATEWAY4,
     GATEWAY6,
@@ -27,6 +28,7 @@ from town import (
     SITE6,
     UPLINK4,
     WORLD4,
+    WORLD6,
     Actor,
     Town,
     eventually,
@@ -114,6 +116,18 @@ def multicast(actor: Actor) -> None:
     packets.close()
 
 
+ONION4, ONION6 = "10.192.0.7", "fd74:7470:1:1000::7"
+
+
+@pytest.mark.promise("P1")
+@pytest.mark.parametrize("address", [ONION4, ONION6])
+def test_virtual_addresses_of_onions_are_answered_by_transport(town: Town, address: str) -> None:
+    """They are private ones, and yet Tor's: DNSPort gave them out."""
+    with town.app.connect(address, 80) as connection:
+        assert b"stand-in" in connection.recv(100)
+    assert [heard[1:] for heard in town.heard] == [(address, 80)]
+
+
 STRAYS = (udp, udp6, ntp, ping, gre, sctp, tcp_ack)
 
 
@@ -145,7 +159,15 @@ def test_udp_is_refused_at_once(town: Town) -> None:
 @pytest.mark.promise("P5")
 @pytest.mark.parametrize(
     "host",
-    ["192.168.1.1", "10.0.0.1", "169.254.169.254", GATEWAY4, UPLINK4.replace("198.51", "172.16")],
+    [
+        "192.168.1.1",
+        "10.0.0.1",
+        "169.254.169.254",
+        "fd12::1",
+        "64:ff9b::808:808",
+        GATEWAY4,
+        UPLINK4.replace("198.51", "172.16"),
+    ],
 )
 def test_private_addresses_are_refused_at_once(town: Town, host: str) -> None:
     with town.world_hears() as frames, pytest.raises(ConnectionRefusedError):
@@ -216,6 +238,34 @@ def test_a_workload_speaks_only_as_itself(town: Town) -> None:
     assert [heard[0] for heard in town.heard] == [own]
 
 
+def _udp_frame6(source: str, target: str, port: int) -> bytes:
+    mac = bytes.fromhex(LINK_MAC.replace(":", ""))
+    addresses = socket.inet_pton(socket.AF_INET6, source) + socket.inet_pton(
+        socket.AF_INET6, target
+    )
+    length = 8 + len(TOKEN)
+    words = addresses + struct.pack(">II", length, 17)
+    words += struct.pack(">HHHH", 40000, port, length, 0) + TOKEN + b"\0" * (len(TOKEN) % 2)
+    total = sum(struct.unpack(f">{len(words) // 2}H", words))
+    total = (total & 0xFFFF) + (total >> 16)
+    total = (total & 0xFFFF) + (total >> 16)
+    payload = struct.pack(">HHHH", 40000, port, length, ~total & 0xFFFF) + TOKEN
+    header = struct.pack(">IHBB", 0x60000000, length, 17, 64) + addresses
+    return mac + mac + b"\x86\xdd" + header + payload
+
+
+@pytest.mark.promise("P5")
+def test_a_workload_speaks_only_as_itself_in_ipv6(town: Town) -> None:
+    """Here no reverse path filter of the kernel would help."""
+    assert town.app.live is not None
+    assert town.bob.live is not None
+    own, bobs = town.app.live.workload.address6, town.bob.live.workload.address6
+    town.app.raw(_udp_frame6(bobs, "2620:fe::fe", 53))
+    town.app.raw(_udp_frame6(own, "2620:fe::fe", 53))  # control: the same frame, honest
+    eventually(lambda: town.heard, "the honest frame")
+    assert [heard[0] for heard in town.heard] == [own]
+
+
 @pytest.mark.promise("P5")
 def test_no_link_has_a_link_local_address_and_none_resolves_another(town: Town) -> None:
     """fe80 is how a workload reached host services in a peer's design."""
@@ -255,11 +305,80 @@ def test_an_identity_is_renewed_alone(town: Town, site: str) -> None:
 
 
 @pytest.mark.promise("P4")
+def test_of_the_gateway_itself_only_tcp_leaves(town: Town) -> None:
+    """Tor's user may connect, and gets its answers; UDP and ping are stopped, even Tor's own."""
+    with town.world.open(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind((WORLD4, 9001))
+        listener.listen()
+        with town.gateway.connect(WORLD4, 9001) as connection:
+            peer, _ = listener.accept()
+            peer.sendall(TOKEN)
+            peer.close()
+            assert connection.recv(100) == TOKEN
+    with town.world_hears() as frames:
+        for stray in (udp, udp6, ping):
+            with pytest.raises(PermissionError):
+                stray(town.gateway)
+    assert not frames
+
+
+@pytest.mark.promise("P4", "P5")
+def test_the_uplink_finds_its_router_and_says_nothing_else(town: Town) -> None:
+    """On a link that resolves addresses: neighbours are found, the links' address is not told."""
+    town.world.run("ip", "link", "set", "eth0", "address", "02:00:00:00:00:09")
+    for actor, interface in ((town.gateway, "uplink"), (town.world, "eth0")):
+        actor.run("ip", "link", "set", interface, "arp", "on")
+    with town.world.open(socket.AF_INET6, socket.SOCK_STREAM) as listener:
+        listener.bind((WORLD6, 9001))
+        listener.listen()
+        town.gateway.connect(WORLD6, 9001).close()
+    with town.world.open(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x806)) as arp:
+        arp.bind(("eth0", 0x806))
+        arp.settimeout(0.3)
+        for wanted in (GATEWAY4, UPLINK4):
+            request = struct.pack(">HHBBH", 1, 0x800, 6, 4, 1) + bytes.fromhex("020000000009")
+            request += socket.inet_aton(WORLD4) + bytes(6) + socket.inet_aton(wanted)
+            arp.send(b"\xff" * 6 + bytes.fromhex("020000000009") + b"\x08\x06" + request)
+        answer = arp.recv(100)  # control: the uplink's own address is answered, and only that
+        assert answer[28:32] == socket.inet_aton(UPLINK4)
+        with pytest.raises(TimeoutError):
+            arp.recv(100)
+
+
+@pytest.mark.promise("P5")
+def test_the_network_does_not_reach_the_gateways_services(town: Town) -> None:
+    """Nothing comes in by the uplink but answers."""
+    with town.gateway.open(socket.AF_INET, socket.SOCK_DGRAM) as service:
+        service.bind(("0.0.0.0", 9999))
+        service.settimeout(0.3)
+        town.world.send(UPLINK4, 9999, TOKEN).close()
+        with pytest.raises(TimeoutError):
+            service.recv(100)
+        town.without_guard()
+        town.world.send(UPLINK4, 9999, TOKEN).close()
+        assert service.recv(100) == TOKEN
+
+
+@pytest.mark.promise("P4")
+def test_forwarding_switched_on_opens_nothing(town: Town) -> None:
+    """As Docker does on hosts; with the refusals gone too, the forward chain still drops."""
+    for key in ("ipv4.ip_forward", "ipv6.conf.all.forwarding"):
+        town.machine.do(SetSysctl("gateway", f"net.{key}", "1"))
+    with town.world_hears() as frames:
+        for stray in STRAYS:
+            stray(town.app)
+        town.gateway.run("nft", "flush", "chain", "inet", "ttp", "rest")
+        for stray in STRAYS:
+            stray(town.app)
+    assert not frames
+
+
+@pytest.mark.promise("P4")
 def test_rules_flushed_by_somebody_else_open_nothing(town: Town) -> None:
     """No packet is ever forwarded: that does not rest on rules."""
     town.gateway.run("nft", "flush", "ruleset")
     with town.world_hears() as frames:
-        for stray in (udp, ping, gre, tcp_ack):
+        for stray in (udp, udp6, ping, gre, tcp_ack):
             stray(town.app)
         with pytest.raises(OSError):
             town.app.connect(SITE4, 443)
