@@ -152,6 +152,7 @@ def gateway_steps(spec: GatewaySpec, facts: Facts, block: AddressBlock) -> tuple
 
 _GATEWAY_SYSCTLS = (
     # the kill switch: with it off, no packet of a workload is ever forwarded, rules or no rules
+    # (a new namespace inherits the host's, which Docker turns on; of IPv6, on some hosts)
     ("net.ipv4.ip_forward", "0"),
     ("net.ipv6.conf.all.forwarding", "0"),
     # else the gateway would tell the uplink's neighbours that it has the links' address
@@ -159,7 +160,6 @@ _GATEWAY_SYSCTLS = (
     # connections of a killed Tor keep the namespace, and workloads' links, for as long as the
     # kernel tries to close them: over a dead uplink about 100 s, thus 1 s
     ("net.ipv4.tcp_orphan_retries", "1"),
-    ("net.ipv4.tcp_fin_timeout", "1"),
 )
 
 

@@ -84,4 +84,4 @@ def wait_for(state: Callable[[], object], seconds: float, what: str, *, hint: st
     while not state():
         if time.monotonic() > deadline:
             raise NsrunError(f"wait for {what}", f"not so after {seconds:g} s", hint)
-        time.sleep(0.02)
+        time.sleep(0.02)  # the interval of the poll

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import threading
+from abc import abstractmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,8 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    @abstractmethod
     def do_GET(self) -> None:
-        raise NotImplementedError
+        """Answer a GET or, without a body, a HEAD."""
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         host = self.headers.get("Host", "-") if hasattr(self, "headers") else "-"

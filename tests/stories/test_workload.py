@@ -185,34 +185,36 @@ def test_the_gateway_itself_is_no_server(town: Town, port: int) -> None:
     assert not town.heard
 
 
+def heard_only_without_the_guard(town: Town, sender: Actor, server: Actor, host: str) -> None:
+    """A datagram to a service on all addresses: lost, and with the guard gone it arrives."""
+    with server.open(socket.AF_INET, socket.SOCK_DGRAM) as service:
+        service.bind(("0.0.0.0", 9999))
+        service.settimeout(0.3)
+        sender.send(host, 9999, TOKEN).close()
+        with pytest.raises(TimeoutError):
+            service.recv(100)
+        town.without_guard()
+        sender.send(host, 9999, TOKEN).close()
+        assert service.recv(100) == TOKEN
+
+
 @pytest.mark.promise("P5")
 @pytest.mark.parametrize("host", [GATEWAY4, UPLINK4])
 def test_a_service_of_the_gateway_is_out_of_reach(town: Town, host: str) -> None:
     """Forwarding off does not protect it: the gateway's own addresses are all its own."""
-    with town.gateway.open(socket.AF_INET, socket.SOCK_DGRAM) as service:
-        service.bind(("0.0.0.0", 9999))
-        service.settimeout(0.3)
-        town.app.send(host, 9999, TOKEN).close()
-        with pytest.raises(TimeoutError):
-            service.recv(100)
-        town.without_guard()
-        town.app.send(host, 9999, TOKEN).close()
-        assert service.recv(100) == TOKEN
+    heard_only_without_the_guard(town, town.app, town.gateway, host)
 
 
 @pytest.mark.promise("P5")
 def test_workloads_do_not_reach_each_other(town: Town) -> None:
     assert town.bob.live is not None
-    address = town.bob.live.workload.address4
-    with town.bob.open(socket.AF_INET, socket.SOCK_DGRAM) as service:
-        service.bind(("0.0.0.0", 9999))
-        service.settimeout(0.3)
-        town.app.send(address, 9999, TOKEN).close()
-        with pytest.raises(TimeoutError):
-            service.recv(100)
-        town.without_guard()
-        town.app.send(address, 9999, TOKEN).close()
-        assert service.recv(100) == TOKEN
+    heard_only_without_the_guard(town, town.app, town.bob, town.bob.live.workload.address4)
+
+
+@pytest.mark.promise("P5")
+def test_the_network_does_not_reach_the_gateways_services(town: Town) -> None:
+    """Nothing comes in by the uplink but answers."""
+    heard_only_without_the_guard(town, town.world, town.gateway, UPLINK4)
 
 
 def _udp_frame(source: str, target: str, port: int) -> bytes:
@@ -343,20 +345,6 @@ def test_the_uplink_finds_its_router_and_says_nothing_else(town: Town) -> None:
         assert answer[28:32] == socket.inet_aton(UPLINK4)
         with pytest.raises(TimeoutError):
             arp.recv(100)
-
-
-@pytest.mark.promise("P5")
-def test_the_network_does_not_reach_the_gateways_services(town: Town) -> None:
-    """Nothing comes in by the uplink but answers."""
-    with town.gateway.open(socket.AF_INET, socket.SOCK_DGRAM) as service:
-        service.bind(("0.0.0.0", 9999))
-        service.settimeout(0.3)
-        town.world.send(UPLINK4, 9999, TOKEN).close()
-        with pytest.raises(TimeoutError):
-            service.recv(100)
-        town.without_guard()
-        town.world.send(UPLINK4, 9999, TOKEN).close()
-        assert service.recv(100) == TOKEN
 
 
 @pytest.mark.promise("P4")
