@@ -54,6 +54,13 @@ class Machine:
     def do(self, step: Step) -> None:
         """Carry out one step. Raises NsrunError with the command that does the same by hand."""
         self.echo(step.describe())
+        try:
+            self._do(step)
+        except OSError as error:
+            doing = f"carry out a step ({type(step).__name__})"
+            raise NsrunError(doing, error, f"the step was: {step.describe()}") from error
+
+    def _do(self, step: Step) -> None:
         match step:
             case MakeNamespace(name):
                 self.namespaces[name] = Namespace()

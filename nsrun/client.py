@@ -75,13 +75,15 @@ def become(arguments: list[str], gateway: str) -> NoReturn:
     verbose = answer["verbose"]
     for effect in answer["effects"] if verbose else ():
         echo(effect)
+    umask = os.umask(0o022)  # what is made for the command, it must be able to read
     for op in answer["enter"]:
         if verbose:
             echo(f"{op[0]} {' '.join(str(argument) for argument in op[1:])}")
         try:
             enter.perform(op, descriptors)
-        except OSError as error:
+        except Exception as error:
             fail(RefusedError(f"isolate the command ({op[0]})", str(error), _DOCTOR, RUN_FAILED))
+    os.umask(umask)
     _exec(answer["command"], {**_environment(), **answer["environment"]})
 
 
@@ -133,10 +135,27 @@ def connect(path: str) -> _socket.socket:
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     try:
         server.connect(path)
+        server = _above_standard(server)
+        credentials = server.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
     except OSError:
         server.close()
         raise NotHereError from None
+    if int.from_bytes(credentials[4:8], "little") != os.geteuid():  # we do what it says
+        server.close()
+        hint = "remove its directory, or set XDG_RUNTIME_DIR"
+        raise RefusedError(f"use {path}", "it belongs to another user", hint, RUN_FAILED)
     return server
+
+
+def _above_standard(server: _socket.socket) -> _socket.socket:
+    """With a standard stream closed, the socket would be in its place, and be written to."""
+    if server.fileno() > 2:
+        return server
+    import fcntl
+
+    fd = fcntl.fcntl(server.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+    server.close()
+    return _socket.socket(fileno=fd)
 
 
 def show_progress(percent: int, summary: str) -> None:
@@ -156,7 +175,7 @@ def fail(failure: RefusedError) -> NoReturn:
     lines = f"ttp: cannot {failure.doing}: {failure.cause}\n"
     if failure.hint:
         lines += f"hint: {failure.hint}\n"
-    os.write(2, lines.encode("utf-8", "surrogateescape"))
+    _complain(lines)
     raise SystemExit(failure.code)
 
 
@@ -171,6 +190,7 @@ def caller() -> dict[str, Any]:
         "sudo_uid": int(sudo) if sudo.isdigit() and os.geteuid() == 0 else -1,
         "bus": bus.partition("unix:path=")[2].split(",")[0].split(";")[0],
         "runtime_dir": os.environ.get("XDG_RUNTIME_DIR", ""),
+        "own": [paths.runtime(), paths.state()],
         "user_namespace": os.stat("/proc/self/ns/user").st_ino,
     }
 
@@ -198,9 +218,10 @@ def _exec(command: list[str], environment: dict[str, str]) -> NoReturn:
         _signal.signal(number, _signal.SIG_DFL)
     program = command[0]
     directories = environment.get("PATH", os.defpath).split(":")
-    paths = [program] if "/" in program else [f"{entry or '.'}/{program}" for entry in directories]
+    beside = [f"{entry or '.'}/{program}" for entry in directories]
+    candidates = [program] if "/" in program else beside
     code, cause = NOT_FOUND, "not found"
-    for path in paths:
+    for path in candidates if program else ():
         try:
             os.execve(path, command, environment)
         except (FileNotFoundError, NotADirectoryError):
@@ -209,8 +230,15 @@ def _exec(command: list[str], environment: dict[str, str]) -> NoReturn:
             code, cause = NOT_EXECUTABLE, error.strerror or str(error)
             if error.errno == 8:  # ENOEXEC: a script without a first line is the shell's
                 os.execve("/bin/sh", ["sh", path, *command[1:]], environment)
-    os.write(2, f"ttp: cannot run {program}: {cause}\n".encode("utf-8", "surrogateescape"))
+    _complain(f"ttp: cannot run {program}: {cause}\n")
     raise SystemExit(code)
+
+
+def _complain(text: str) -> None:
+    try:
+        os.write(2, text.encode("utf-8", "surrogateescape"))
+    except OSError:
+        pass  # who closed standard error does not want to hear it
 
 
 def _environment() -> dict[str, str]:
@@ -226,8 +254,8 @@ def _environment() -> dict[str, str]:
 class _Context:
     """What json.JSONDecoder gives the C scanner; importing json itself takes 6 ms."""
 
-    strict, object_hook, object_pairs_hook, parse_constant = True, None, None, None
-    parse_float, parse_int = float, int
+    strict, object_hook, object_pairs_hook = True, None, None
+    parse_float, parse_int, parse_constant = float, int, float
 
 
 _SCAN = _json.make_scanner(_Context)  # type: ignore[arg-type]

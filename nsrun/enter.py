@@ -31,22 +31,28 @@ def perform(op: list[Any], descriptors: dict[str, int]) -> None:
     _VERBS[verb](*arguments)
 
 
-def close_sockets() -> None:
-    """Close inherited sockets of any family but AF_UNIX: they are still in the host's network.
+def close_doors() -> None:
+    """Close inherited descriptors that lead around the namespaces.
 
-    The three standard streams are the caller's own and stay.
+    Sockets of any family but AF_UNIX are still in the host's network; from a directory one could
+    walk to what is about to be hidden. The three standard streams are the caller's own and stay.
     """
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
         if fd > 2:
             try:
-                inherited = _socket.socket(fileno=fd)
+                kind = os.fstat(fd).st_mode & 0o170000
             except OSError:
-                continue  # not a socket, or the directory that was listed
-            if inherited.family == _socket.AF_UNIX:
-                inherited.detach()
-            else:
-                inherited.close()
+                continue  # the directory that was listed
+            if kind == 0o040000 or (kind == 0o140000 and _in_a_network(fd)):
+                os.close(fd)
+
+
+def _in_a_network(fd: int) -> bool:
+    inherited = _socket.socket(fileno=fd)
+    family = inherited.family
+    inherited.detach()
+    return bool(family != _socket.AF_UNIX)
 
 
 def join_user(descriptors: dict[str, int]) -> None:
@@ -119,6 +125,32 @@ def replace_etc(files: dict[str, str], covered: bool, descriptors: dict[str, int
             linux.mount(f"{stage}/{name}", target, "", linux.MS_BIND)
 
 
+def new_sys() -> None:
+    """Show the workload's own interfaces in /sys: the old one has the host's, and their addresses.
+
+    Where the kernel allows no new one (it does not in some containers), those are hidden.
+    """
+    kept = _open_entries("/sys/fs", ["cgroup"])
+    try:
+        linux.mount("sysfs", "/sys", "sysfs", _PLAIN | linux.MS_NOEXEC)
+    except OSError:
+        for path in ("/sys/class/net", "/sys/devices/virtual/net"):
+            hide(path)
+    else:
+        for name, fd in kept:
+            linux.mount(f"/proc/self/fd/{fd}", f"/sys/fs/{name}", "", linux.MS_BIND | linux.MS_REC)
+    for _, fd in kept:
+        os.close(fd)
+
+
+def come_back() -> None:
+    """Enter the working directory anew, by its path: else the old one stays, hidden as it is."""
+    try:
+        os.chdir(os.readlink("/proc/self/cwd"))
+    except OSError:
+        os.chdir("/")
+
+
 def new_user(uid: int, gid: int) -> None:
     """Make a user namespace in which the present user is ``uid`` again, with power over nothing.
 
@@ -174,8 +206,8 @@ _PLAIN = linux.MS_NOSUID | linux.MS_NODEV
 _VERBS = {
     function.__name__: function
     for function in (
-        *(close_sockets, join_user, join_network, new_mounts, hide_run, hide, replace_etc),
-        *(new_user, new_users, read_only, drop_capabilities, become),
+        *(close_doors, join_user, join_network, new_mounts, hide_run, hide, replace_etc),
+        *(new_sys, come_back, new_user, new_users, read_only, drop_capabilities, become),
         *(no_new_privileges, filter_calls),
     )
 }

@@ -52,7 +52,12 @@ def private_directory(path: str) -> None:
 
     Raises PermissionError when somebody else owns it or may write to it.
     """
-    os.makedirs(path, mode=0o711 if os.geteuid() == 0 else 0o700, exist_ok=True)
+    mode = 0o711 if os.geteuid() == 0 else 0o700
+    own = (runtime(), state(), cache())
+    parent = os.path.dirname(path)
+    if any(parent == root or parent.startswith(f"{root}/") for root in own):
+        private_directory(parent)  # a foreign one above it could be exchanged at any time
+    os.makedirs(path, mode=mode, exist_ok=True)
     found = os.lstat(path)
     plain = found.st_mode & 0o170022 == 0o040000  # a directory, and no write bit for others
     if found.st_uid != os.geteuid() or not plain:

@@ -219,19 +219,18 @@ def enter_ops(
         "resolv.conf": f"nameserver {block.gateway}\nsearch .\n",
         "nsswitch.conf": hosts_by_dns(facts.nsswitch),
     }
-    ops: list[Op] = [("close_sockets",)]
+    hidden = {_root(gateway.runtime), _root(gateway.state), caller.bus, *caller.own} - {""}
+    ops: list[Op] = [("close_doors",)]
     if nested:
         ops.append(("join_user",))
     ops += [
         ("join_network",),
         ("new_mounts",),
         ("hide_run", list(RUN_KEPT), caller.runtime_dir, list(SESSION_KEPT), *owner),
-        *(
-            ("hide", path)
-            for path in (_root(gateway.runtime), _root(gateway.state), caller.bus)
-            if path
-        ),
+        *(("hide", path) for path in sorted(hidden)),
         ("replace_etc", files, caller.uid != 0),
+        ("new_sys",),
+        ("come_back",),
     ]
     if caller.uid == 0:
         ops += [("read_only", "/proc/sys"), ("read_only", "/sys")]

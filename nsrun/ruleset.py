@@ -273,6 +273,8 @@ def _sets() -> str:
 
 def _sources(at: FromInterface) -> Iterator[str]:
     """Before conntrack sees anything: a link speaks only as itself."""
+    # Tor 0.4.9 dies of an empty one; 12 bytes is the header of a query (RFC 1035, 4.1.1)
+    yield _rule("P4 no DNS without a header", f"{at.caught}udp dport 53 udp length < 20 drop")
     itself = "P5 a link speaks only as itself"
     yield _rule(f"{itself}, ipv4", f"{at.caught}iifname . ip saddr @sources4 accept")
     yield _rule(f"{itself}, ipv6", f"{at.caught}iifname . ip6 saddr @sources6 accept")

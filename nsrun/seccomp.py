@@ -3,6 +3,7 @@
 ioctl TIOCSTI, TIOCLINUX   push characters into the terminal, which the shell outside would run
 socket of another family   AF_VSOCK and others are in no network namespace
 io_uring_setup             makes sockets without a call that could be filtered
+request_key                has the kernel start a helper outside, which may look up a name by DNS
 
 Classic BPF over struct seccomp_data (seccomp(2)). Calls of
 a foreign architecture that is not listed for the machine are let through: a filter cannot know
@@ -16,16 +17,17 @@ TIOCSTI, TIOCLINUX = 0x5412, 0x541C
 FAMILIES = (1, 2, 10, 16, 17, 38)
 EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
 
-# machine -> (AUDIT_ARCH_*, numbers of ioctl, socket, io_uring_setup); linux/audit.h, asm/unistd.h
+# machine -> AUDIT_ARCH_*, and the numbers of ioctl, socket, io_uring_setup and request_key
+# (linux/audit.h, asm/unistd.h)
 CALLS = {
     "x86_64": (
-        (0xC000003E, 16, 41, 425),
-        (0xC000003E, 0x40000202, 0x40000029, 0x400001A9),  # x32
-        (0x40000003, 54, 359, 425),
+        (0xC000003E, 16, 41, 425, 249),
+        (0xC000003E, 0x40000202, 0x40000029, 0x400001A9, 0x400000F9),  # x32
+        (0x40000003, 54, 359, 425, 287),
     ),
-    "aarch64": ((0xC00000B7, 29, 198, 425), (0x40000028, 54, 281, 425)),
-    "riscv64": ((0xC00000F3, 29, 198, 425),),
-    "ppc64le": ((0xC0000015, 54, 326, 425),),
+    "aarch64": ((0xC00000B7, 29, 198, 425, 218), (0x40000028, 54, 281, 425, 310)),
+    "riscv64": ((0xC00000F3, 29, 198, 425, 218),),
+    "ppc64le": ((0xC0000015, 54, 326, 425, 270),),
 }
 
 _LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
@@ -38,11 +40,12 @@ Instruction = tuple[int, int, int, int]  # code, skip if true, skip if false, op
 def program(machine: str) -> bytes:
     """The filter for ``machine`` (uname -m) as an array of struct sock_filter; empty if unknown."""
     code: list[Instruction] = []
-    for arch, ioctl, socket, uring in CALLS.get(machine, ()):
+    for arch, ioctl, socket, uring, key in CALLS.get(machine, ()):
         body = [
             *_when(ioctl, _SECOND, (TIOCSTI, TIOCLINUX), listed=EPERM, other=0),
             *_when(socket, _FIRST, FAMILIES, listed=0, other=EAFNOSUPPORT),
             *_when(uring, _NUMBER, (uring,), listed=ENOSYS, other=0),
+            *_when(key, _NUMBER, (key,), listed=ENOSYS, other=0),
         ]
         code += [(_LOAD, 0, 0, _ARCH), (_EQUAL, 0, len(body), arch), *body]
     if code:

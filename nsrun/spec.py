@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -18,6 +19,13 @@ def check_name(kind: str, name: str) -> str:
             "a name is 1 to 32 letters, digits, '.', '_' or '-', the first a letter or digit",
         )
     return name
+
+
+def check_seconds(option: str, seconds: float) -> float:
+    """``seconds``, if it is a time to wait. Raises UsageError."""
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise UsageError(f"take {seconds} for {option}", "it is no number of seconds")
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class GatewaySpec:
 
     def __post_init__(self) -> None:
         check_name("gateway", self.name)
+        check_seconds("--idle", self.idle)
         for uplink in self.uplinks:
             if isinstance(uplink, str) and uplink not in UPLINKS:
                 raise UsageError("choose an uplink", f"{uplink!r} is none of {', '.join(UPLINKS)}")
@@ -76,6 +85,7 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         check_name("gateway", self.gateway)
+        check_seconds("--bootstrap-timeout", self.bootstrap_timeout)
         if self.name is not None:
             check_name("workload", self.name)
         if not self.command:
@@ -86,7 +96,8 @@ class RunSpec:
 class Caller:
     """Whom a command runs as; ``switched`` says that this is not the user who calls.
 
-    ``bus`` is the path of the user's D-Bus socket, if there is one.
+    ``bus`` is the path of the user's D-Bus socket, if there is one; ``own`` are the directories
+    of ttp itself, which a command must not see.
     """
 
     uid: int
@@ -95,3 +106,4 @@ class Caller:
     bus: str = ""
     runtime_dir: str = ""
     switched: bool = False
+    own: tuple[str, ...] = ()

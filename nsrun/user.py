@@ -10,6 +10,8 @@ from typing import Any
 from nsrun.errors import UsageError
 from nsrun.spec import Caller, RunSpec
 
+MAXIMUM = 2**32 - 2  # of a uid; the last one means "none"
+
 
 def resolve(spec: RunSpec, asked: dict[str, Any], nested: bool) -> tuple[Caller, dict[str, str]]:
     """The user of the command, and the variables to set in its environment.
@@ -23,6 +25,7 @@ def resolve(spec: RunSpec, asked: dict[str, Any], nested: bool) -> tuple[Caller,
         groups=tuple(asked["groups"]),
         bus=asked["bus"],
         runtime_dir=asked["runtime_dir"],
+        own=tuple(asked["own"]),
     )
     wanted = spec.user if spec.user is not None else asked["sudo_uid"]
     if wanted == -1:
@@ -33,6 +36,8 @@ def resolve(spec: RunSpec, asked: dict[str, Any], nested: bool) -> tuple[Caller,
         number = int(wanted)
     except ValueError:
         number = -1
+    if number > MAXIMUM:
+        raise UsageError(f"run as the user {wanted}", f"the largest number is {MAXIMUM}")
     try:
         user = pwd.getpwnam(str(wanted)) if number < 0 else pwd.getpwuid(number)
     except KeyError:

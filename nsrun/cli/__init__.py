@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
-from nsrun import __version__
+from nsrun import __version__, enter
 from nsrun.cli import gateway, lab, run
-from nsrun.errors import ExitCode, NsrunError
+from nsrun.errors import ExitCode, NsrunError, UsageError
 
 app = typer.Typer(
     name="ttp",
@@ -36,14 +37,19 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001  acts by its callback
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
-    debug: Annotated[
+    debug: Annotated[  # noqa: ARG001  main() looks for it before anything can fail
         bool, typer.Option("--debug", help="Show a traceback when ttp itself fails.")
     ] = False,
 ) -> None:
-    pass
+    if Path(enter.WORKLOAD_MARK).exists():
+        raise UsageError(
+            "use ttp inside a workload",
+            "this process is behind Tor already, and so is what it starts",
+            "leave out `ttp run`",
+        )
 
 
 def main() -> NoReturn:
@@ -68,11 +74,11 @@ def main() -> NoReturn:
             raise
         hint = "run with --debug for a traceback, and report it"
         code = _fail(f"an unforeseen error: {type(error).__name__}: {error}", hint, ExitCode.FAILED)
-    sys.exit(ExitCode.RUN_FAILED if running and code else code)
+    interrupted = code == ExitCode.INTERRUPTED
+    sys.exit(ExitCode.RUN_FAILED if running and code and not interrupted else code)
 
 
 def _fail(message: str, hint: str, code: int) -> int:
-    print(f"ttp: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+    if sys.stderr is not None:  # closed by who started us
+        print(f"ttp: {message}", *([f"hint: {hint}"] if hint else []), sep="\n", file=sys.stderr)
     return code

@@ -50,8 +50,10 @@ def up(
     from dataclasses import replace
 
     from nsrun.gateway import control
+    from nsrun.spec import check_seconds
     from nsrun.torrc import check_fragment
 
+    check_seconds("--bootstrap-timeout", bootstrap_timeout)
     spec = control.default_spec(name)
     if uplink:
         spec = replace(spec, uplinks=tuple(uplink))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
-from nsrun import client, enter
+from nsrun import client
 from nsrun.errors import NsrunError, UsageError
 from nsrun.spec import RunSpec
 from nsrun.user import resolve
@@ -53,12 +52,6 @@ def run(
     from nsrun.gateway import control
 
     _spec(command, gateway, name, user, no_ipv6, bootstrap_timeout, verbose)
-    if Path(enter.WORKLOAD_MARK).exists():
-        raise UsageError(
-            "run a workload inside a workload",
-            "this process is behind Tor already, and so is what it starts",
-            "leave out `ttp run`",
-        )
     arguments = sys.argv[sys.argv.index("run") + 1 :]
     try:
         for attempt in (1, 2):

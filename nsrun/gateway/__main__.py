@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -38,12 +39,14 @@ def main() -> int:
         os.setsid()
         os.chdir("/")
     os.environ.pop("TTP_GATEWAY", None)  # a client's default, sent by the client
+    logging.raiseExceptions = False  # a full disk must not be the end, nor a screen full of it
     try:
         lock = _claim(request["runtime"])
+        _sweep(Path(request["runtime"]).parent)
         _make_private(request["state"])
+        Path(paths.log(request["state"])).write_bytes(b"")
         logging.basicConfig(
-            filename=paths.log(request["state"]),
-            filemode="w",
+            filename=paths.log(request["state"]),  # to append: Tor and the uplink write there too
             level=logging.INFO,
             format="%(asctime)s %(levelname)s %(message)s",
         )
@@ -90,8 +93,21 @@ def _claim(runtime: str) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BusyError("start the gateway", "it is being started or already up") from None
+    if not Path(f"{runtime}/lock").exists():
+        raise BusyError("start the gateway", "another one was just ending", "try again")
     Path(f"{runtime}/api").unlink(missing_ok=True)
     return fd
+
+
+def _sweep(gateways: Path) -> None:
+    """Remove the runtime directories of gateways that were killed: nobody holds their locks."""
+    for lock in gateways.glob("*/lock"):
+        try:
+            with lock.open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        except OSError:
+            continue  # it lives, or has gone meanwhile
 
 
 def _make_private(directory: str) -> None:

@@ -32,7 +32,6 @@ class Live:
     machine: Machine
     undo: ExitStack
     effects: tuple[str, ...]
-    inode: int
     name: str = ""
     pid: int = 0
     command: tuple[str, ...] = ()
@@ -126,10 +125,6 @@ class Workloads:
             raise NsrunError(f"find the workload {name}", "there is none", "ttp ps lists them")
         return found
 
-    def holds(self, inode: int) -> bool:
-        """Is that the network namespace of one of ours?"""
-        return any(live.inode == inode for live in self.live.values())
-
     def close(self) -> None:
         for live in [*self._ready, *self.live.values()]:
             live.undo.close()
@@ -146,9 +141,8 @@ class Workloads:
         effects: list[str] = []
         machine = Machine({"gateway": self._gateway}, echo=effects.append)
         undo = apply(workload_steps(workload, self._facts), machine.do)
-        inode = os.fstat(machine.namespaces["workload"].fd).st_ino
         machine.echo = lambda _: None
-        return Live(workload, machine, undo, tuple(effects), inode)
+        return Live(workload, machine, undo, tuple(effects))
 
     def _drop_identity(self, address: str, identity: str) -> None:
         text = ruleset.drop_identity(address, identity)

@@ -16,6 +16,8 @@ from nsrun.lab import topology
 from nsrun.leak.verdict import Value, as_text, judge
 from terminal import Terminal
 from town import eventually
+from users import NOBODY as NOBODY_UID
+from users import home_of
 
 pytestmark = pytest.mark.lab
 
@@ -121,3 +123,79 @@ def test_what_a_killed_veth_uplink_leaves_is_swept(lab: Lab) -> None:
         eventually(lambda: not Path(f"/proc/{found['pid']}").exists(), "its end")
         with lab.other_gateway("slirp4netns"):
             assert tables() == before
+
+
+@pytest.mark.promise("P5", "P6")
+def test_neither_cwd_nor_a_directory_passed_on_lead_around(lab: Lab) -> None:
+    """What is hidden by path is hidden from where the command stands, too."""
+    gateway = Path(str(lab.gateway()["runtime"]))
+    run = (TTP, "run", "-g", lab.name, "--")
+    inside = lab.do(*run, "sh", "-c", "pwd; ls -a . ..", cwd=gateway)
+    assert inside.stdout.split()[0] == "/"
+    assert "api" not in inside.stdout.split()
+    passing = f"exec 7<{gateway}; exec {' '.join(run)} ls -l /proc/self/fd"
+    listed = lab.do("sh", "-c", passing).stdout
+    assert str(gateway) not in listed
+    control = lab.do("sh", "-c", f"exec 7<{gateway}; exec ls -l /proc/self/fd").stdout
+    assert str(gateway) in control
+
+
+@pytest.mark.promise("P2", "P6")
+def test_the_kernel_starts_no_helper_for_a_key(lab: Lab) -> None:
+    """request_key(2) of type dns_resolver has a name looked up outside of every namespace."""
+    ask = (
+        "import ctypes, platform\n"
+        "number = {'x86_64': 249, 'aarch64': 218, 'riscv64': 218, 'ppc64le': 270}\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "libc.syscall(number[platform.machine()], b'user', b'ttp', None, 0)\n"
+        "print(ctypes.get_errno())"
+    )
+    enosys, enokey = "38", "126"
+    assert lab.do(PYTHON, "-c", ask).stdout.strip() == enokey  # control
+    assert lab.run(PYTHON, "-c", ask).stdout.strip() == enosys
+
+
+@pytest.mark.promise("P5")
+def test_the_hosts_interfaces_are_not_in_sys(lab: Lab) -> None:
+    """Their names and hardware addresses say which machine this is."""
+    shown = lab.run("sh", "-c", "ls /sys/class/net").stdout.split()
+    assert shown in (["eth0", "lo"], [])
+    assert set(lab.do("ls", "/sys/class/net").stdout.split()) > {"eth0", "lo"}  # control
+
+
+@pytest.mark.promise("P4")
+def test_no_query_ends_tor(lab: Lab) -> None:
+    """An empty datagram made Tor 0.4.9 end with a fault; it does not get that far."""
+    send = (
+        "import socket\n"
+        "for size in (*range(0, 20), 511, 4000):\n"
+        "  for host in ('9.9.9.9', '2620:fe::fe'):\n"
+        "    s = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET, 2)\n"
+        "    s.sendto(bytes(size), (host, 53))"
+    )
+    before = lab.gateway()["tor"]
+    assert lab.run(PYTHON, "-c", send).returncode == 0
+    assert lab.run("getent", "ahosts", "check.torproject.org").returncode == 0
+    assert lab.gateway()["tor"] == before
+
+
+def test_a_socket_of_somebody_else_is_not_believed(lab: Lab) -> None:
+    """We do what a supervisor says, so it must be our own user's."""
+    if lab.who == "user":
+        return  # it takes root to be somebody else here
+    serve = (
+        "import os, socket, sys\n"
+        "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()\n"
+        "print('ready', flush=True); s.accept(); print('believed')"
+    )
+    with home_of(NOBODY_UID) as base:
+        trap = base / "gateways" / "evil"
+        trap.mkdir(parents=True)
+        os.chown(trap, NOBODY_UID, NOBODY_UID)
+        command = (*NOBODY, PYTHON, "-c", serve, str(trap / "api"))
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as evil:
+            eventually(lambda: (trap / "api").exists(), "the trap")
+            done = lab.do("env", f"TTP_RUNTIME_DIR={base}", TTP, "run", "-g", "evil", "--", "true")
+            evil.kill()
+    assert done.returncode == 125
+    assert "belongs to another user" in done.stderr

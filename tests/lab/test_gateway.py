@@ -118,6 +118,8 @@ def test_a_bad_fragment_starts_nothing(lab: Lab, fragment: str, words: str) -> N
         (["gateway", "up", "x", "--uplink", "carrier-pigeon"], "carrier-pigeon"),
         (["gateway", "up", "x", "--torrc", "/no/such/file"], "/no/such/file"),
         (["gateway", "up", "../x"], "as the name of a gateway"),
+        (["gateway", "up", "x", "--idle", "nan"], "--idle"),
+        (["gateway", "up", "x", "--bootstrap-timeout", "inf"], "--bootstrap-timeout"),
         (["refresh", "nobody-knows"], "it is not up"),
     ],
 )

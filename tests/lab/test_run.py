@@ -82,6 +82,7 @@ def test_onion_services_are_reached_by_name(lab: Lab) -> None:
         (["true"], 0),
         (["sh", "-c", "exit 42"], 42),
         (["/nonexistent/program"], 127),
+        ([""], 127),
         (["no-such-program-anywhere"], 127),
         (["/etc/passwd"], 126),
         (["/"], 126),
@@ -251,6 +252,7 @@ def test_inside_a_workload_there_is_no_other(lab: Lab) -> None:
         (["--user", "no-such-user"], "run as the user"),
         (["--bogus"], "--bogus"),
         (["--bootstrap-timeout", "soon"], "--bootstrap-timeout"),
+        (["--bootstrap-timeout", "nan"], "--bootstrap-timeout"),
     ],
 )
 def test_bad_input_is_125_and_one_clear_line(lab: Lab, options: list[str], words: str) -> None:
@@ -282,3 +284,19 @@ def test_a_plan_is_printed_and_nothing_done(lab: Lab) -> None:
     for line in ("ip netns add gateway", "table inet ttp", "pasta", "setpriv", "exec curl x"):
         assert line in done.stdout
     assert lab.ttp("gateway", "ls").stdout == before
+
+
+def test_a_closed_standard_error_stays_the_commands(lab: Lab) -> None:
+    """Nothing of ours takes its place, and our own complaint goes nowhere."""
+    run = f"{TTP} run -g {lab.name} --"
+    assert lab.do("sh", "-c", f"{run} no-such-program 2>&-").returncode == 127
+    listed = lab.do("sh", "-c", f"{run} sh -c 'ls /proc/$$/fd' 2>&-").stdout.split()
+    assert "2" not in listed
+
+
+def test_a_tight_umask_is_the_commands_alone(lab: Lab) -> None:
+    """Its files are as tight as it wants; what is made for it can be read, by other users too."""
+    options = "--user nobody" if lab.who == "root" else ""
+    run = f"umask 077; exec {TTP} run -g {lab.name} {options} --"
+    done = lab.do("sh", "-c", f"{run} sh -c 'umask; cat /etc/resolv.conf'")
+    assert done.stdout.startswith("0077\nnameserver"), done.stderr

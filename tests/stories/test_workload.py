@@ -69,6 +69,16 @@ def test_dns_to_any_resolver_is_answered_by_dnsport(town: Town, resolver: str) -
     assert not frames
 
 
+@pytest.mark.promise("P4")
+@pytest.mark.parametrize("resolver", ["9.9.9.9", "2620:fe::fe"])
+def test_no_datagram_without_a_header_reaches_dnsport(town: Town, resolver: str) -> None:
+    """Tor 0.4.9 ends of an empty one; from 12 bytes on it is a query to be judged by Tor."""
+    for size in (0, 11, 12):
+        town.app.send(resolver, 53, bytes(size)).close()
+    eventually(lambda: town.heard, "the one with a header")
+    assert [heard[1] for heard in town.heard] == ["dns"]
+
+
 @pytest.mark.promise("P2")
 def test_a_resolver_on_loopback_v6_is_refused_at_once(town: Town) -> None:
     """The kernel does not route ::1 anywhere; libc turns to its next resolver."""

@@ -29,11 +29,11 @@ def answer(machine: str, arch: int, number: int, *arguments: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("machine", "arch", "ioctl", "socket", "uring"),
+    ("machine", "arch", "ioctl", "socket", "uring", "key"),
     [(machine, *one) for machine, calls in seccomp.CALLS.items() for one in calls],
 )
 def test_only_the_doors_are_shut(
-    machine: str, arch: int, ioctl: int, socket: int, uring: int
+    machine: str, arch: int, ioctl: int, socket: int, uring: int, key: int
 ) -> None:
     """For every machine and architecture: two requests, all but six families, and io_uring."""
     for request in (0x5412, 0x541C, 0xFFFF_FFFF_0000_5412):  # the kernel looks at 32 bits
@@ -44,8 +44,9 @@ def test_only_the_doors_are_shut(
     assert allowed == sorted(seccomp.FAMILIES)
     assert answer(machine, arch, socket, 40) == seccomp.EAFNOSUPPORT
     assert answer(machine, arch, uring, 8) == seccomp.ENOSYS
+    assert answer(machine, arch, key) == seccomp.ENOSYS
     for other in (0, 1, 59, 221, 1000):
-        if other not in (ioctl, socket, uring):
+        if other not in (ioctl, socket, uring, key):
             assert answer(machine, arch, other, 0x5412, 0x5412) == ALLOW
 
 
