@@ -58,9 +58,10 @@ class Actor:
         made.settimeout(2)
         return made
 
-    def connect(self, host: str, port: int) -> socket.socket:
+    def connect(self, host: str, port: int, seconds: float = 2) -> socket.socket:
         """A TCP connection. Raises OSError as connect(2) does."""
         connection = self.open(_family(host), socket.SOCK_STREAM)
+        connection.settimeout(seconds)
         try:
             connection.connect((host, port))
         except OSError:

@@ -21,6 +21,7 @@ from typing import Any
 from nsrun import linux, paths
 from nsrun.cli.run import parse
 from nsrun.errors import GatewayError, MissingError, NsrunError
+from nsrun.facts import search_path
 from nsrun.gateway.supervisor import Supervisor
 from nsrun.gateway.uplink_veth import sweep_veth
 from nsrun.spec import GatewaySpec, LabUplink
@@ -39,6 +40,7 @@ def main() -> int:
         os.setsid()
         os.chdir("/")
     os.environ.pop("TTP_GATEWAY", None)  # a client's default, sent by the client
+    os.environ["PATH"] = search_path()  # a user's lacks nft on some distributions
     logging.raiseExceptions = False  # a full disk must not be the end, nor a screen full of it
     try:
         lock = _claim(request["runtime"])

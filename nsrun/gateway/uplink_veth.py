@@ -9,6 +9,7 @@ sends a packet.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from nsrun.errors import MissingError, NsrunError, UsageError
+from nsrun.facts import search_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -267,7 +269,8 @@ def ask(argv: Command) -> str:
 
 def _finish(argv: Command, doing: str, stdin: str | None) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "PATH": search_path()}  # a user's may lack nft
+        return subprocess.run(argv, input=stdin, capture_output=True, text=True, env=environment)
     except FileNotFoundError as error:
         raise missing(argv[0], doing) from error
 

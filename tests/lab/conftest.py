@@ -11,7 +11,7 @@ from lab_helpers import Lab
 from users import USER, home_of, prefix_of
 
 
-@pytest.fixture(scope="session", params=["root", "user"])
+@pytest.fixture(scope="session", params=[pytest.param("root", marks=pytest.mark.root), "user"])
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """A lab with its gateway, as root and as a user: inside all is real, outside nothing stirs."""
     name = f"t{os.getpid() % 100000}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,7 +115,10 @@ def test_resolv_conf_renamed_by_the_host(lab: Lab, as_root: list[str]) -> None:
     """
     home = str(lab.home)
     command = lab.command(TTP, "run", "-g", lab.name, "--", "sh", "-c", WATCH.replace("HOME", home))
-    stage = [*as_root, "unshare", "-m", "sh", "-c", RENAME.replace("HOME", home), "sh", *command]
+    mine = (f"--reuid={os.geteuid()}", f"--regid={os.getegid()}", "--clear-groups")
+    back = ["setpriv", *mine] if as_root else []  # from sudo, which only set the stage
+    script = RENAME.replace("HOME", home)
+    stage = [*as_root, "unshare", "-m", "sh", "-c", script, "sh", *back, *command]
     try:
         done = subprocess.run(stage, capture_output=True, text=True, timeout=60)
     finally:

@@ -343,7 +343,7 @@ def test_the_uplink_finds_its_router_and_says_nothing_else(town: Town) -> None:
     with town.world.open(socket.AF_INET6, socket.SOCK_STREAM) as listener:
         listener.bind((WORLD6, 9001))
         listener.listen()
-        town.gateway.connect(WORLD6, 9001).close()
+        town.gateway.connect(WORLD6, 9001, seconds=20).close()  # solicited again each second
     with town.world.open(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x806)) as arp:
         arp.bind(("eth0", 0x806))
         arp.settimeout(0.3)

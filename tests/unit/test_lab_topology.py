@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nsrun.facts import search_path
 from nsrun.lab import topology, torrcs
 from nsrun.lab.topology import AUTHORITIES, EXITS, NODES, Role
 from nsrun.lab.torrcs import Authority, FirstVote
@@ -122,7 +124,9 @@ def test_dnsmasq_accepts_its_configuration(text: str, tmp_path: Path) -> None:
     """Its syntax differs between versions."""
     path = tmp_path / "dnsmasq.conf"
     path.write_text(text)
-    done = subprocess.run(("dnsmasq", "--test", f"--conf-file={path}"), capture_output=True)
+    command = ("dnsmasq", "--test", f"--conf-file={path}")
+    environment = {**os.environ, "PATH": search_path()}
+    done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 
