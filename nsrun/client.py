@@ -73,6 +73,7 @@ def become(arguments: list[str], gateway: str) -> NoReturn:
         },
     )
     verbose = answer["verbose"]
+    environment = _environment()  # now: later /proc/self is not ours to read
     for effect in answer["effects"] if verbose else ():
         echo(effect)
     umask = os.umask(0o022)  # what is made for the command, it must be able to read
@@ -84,7 +85,7 @@ def become(arguments: list[str], gateway: str) -> NoReturn:
         except Exception as error:
             fail(RefusedError(f"isolate the command ({op[0]})", str(error), _DOCTOR, RUN_FAILED))
     os.umask(umask)
-    _exec(answer["command"], {**_environment(), **answer["environment"]})
+    _exec(answer["command"], {**environment, **answer["environment"]})
 
 
 def ask(path: str, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:

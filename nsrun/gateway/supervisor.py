@@ -261,7 +261,7 @@ class Supervisor:
             "environment": environment,
             "command": spec.command,
             "verbose": spec.verbose,
-            "effects": live.effects,
+            "effects": live.effects if spec.verbose else (),
         }
         try:
             await self._send(connection, answer, list(descriptors.values()))

@@ -173,7 +173,7 @@ def describe(uplink: Uplink, gateway: str = "$GATEWAY") -> list[str]:
         forwarding = (*opened, *way_back(uplink.peer, uplink.families))
         lines[2:2] = [f"sysctl -w net/{key}=1" for key in forwarding]
     if uplink.helper():
-        lines.append(f'{shlex.join(uplink.helper())} <"{gateway}"')
+        lines.append(f'unshare --mount {shlex.join(uplink.helper())} <"{gateway}"')
     return lines + [there + shlex.join(step) for step in uplink.addresses()]
 
 
@@ -283,6 +283,9 @@ def _spawn(argv: Command, gateway: Namespace, log: str, doing: str) -> subproces
         linux.prctl(linux.PR_SET_PDEATHSIG, 9)
         if os.getppid() != parent:  # it died before the prctl
             os._exit(1)
+        # slirp4netns would mount its sandbox over the host's /tmp where that is a shared mount
+        linux.unshare(linux.CLONE_NEWNS)
+        linux.mount("none", "/", flags=linux.MS_REC | linux.MS_PRIVATE)
 
     with Path(log).open("ab") as output:
         try:
