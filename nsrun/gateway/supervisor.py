@@ -9,6 +9,7 @@ still runs keeps its namespace, whose only link ended in a gateway that is no mo
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -84,6 +85,7 @@ class Supervisor:
         accepting = asyncio.ensure_future(self._accept(server))
         idle = asyncio.ensure_future(self._watch_idle())
         self._tell({"ready": True})
+        gc.freeze()  # what was loaded stays: no request need wait until it was looked through
         try:
             await self._stop.wait()
         finally:

@@ -89,7 +89,8 @@ class Workloads:
         live.name, live.pid, live.command, live.since = name, pid, command, time.time()
         namespace = live.machine.namespaces.pop("workload")
         fd = os.dup(namespace.fd)
-        namespace.close()  # from here on only the descriptor, and the command, keep it alive
+        # from here on only the descriptor, and the command, keep it alive; the client goes first
+        asyncio.get_running_loop().call_soon(namespace.close)
         self.live[live.workload.link] = live
         return live, fd
 
