@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-from functools import cache
-from typing import Annotated, Any
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.exceptions import TyperException
@@ -36,7 +38,7 @@ Timeout = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every effect, as it happens.")]
 
 
-def run(
+def request(
     command: Command,
     gateway: Gateway = "default",
     name: Name = None,
@@ -44,42 +46,57 @@ def run(
     no_ipv6: NoIpv6 = False,
     bootstrap_timeout: Timeout = 180.0,
     verbose: Verbose = False,
-) -> None:
+) -> RunSpec:
+    """The options of every command that runs something: what the command line says, as a value."""
+    return RunSpec(tuple(command), gateway, name, user, not no_ipv6, bootstrap_timeout, verbose)
+
+
+def takes_request(act: Callable[[RunSpec], None]) -> Callable[..., None]:
+    """A typer command that has the options of ``request`` and acts on the value they make."""
+
+    @wraps(act)
+    def command(**given: Any) -> None:
+        act(request(**given))
+
+    hints = get_type_hints(request, include_extras=True)
+    del hints["return"]
+    command.__annotations__ = hints
+    signature = inspect.signature(request, eval_str=True)
+    command.__signature__ = signature.replace(return_annotation=None)  # type: ignore[attr-defined]
+    return command
+
+
+@takes_request
+def run(spec: RunSpec) -> None:
     """Run COMMAND behind Tor. Its exit code is ours; 125 if we fail, 126 and 127 as env(1).
 
     The gateway named default is started if it is not up.
     """
     from nsrun.gateway import control
 
-    _spec(command, gateway, name, user, no_ipv6, bootstrap_timeout, verbose)
     arguments = sys.argv[sys.argv.index("run") + 1 :]
     try:
         for attempt in (1, 2):
             try:
-                client.become(arguments, gateway)
+                client.become(arguments, spec.gateway)
             except client.NotHereError:
                 if attempt == 2:
                     raise NsrunError("reach the gateway", "it ended as soon as it was up") from None
-                if gateway != "default":
+                if spec.gateway != "default":
                     raise UsageError(
-                        f"use the gateway {gateway}",
+                        f"use the gateway {spec.gateway}",
                         "it is not up",
-                        f"ttp gateway up {gateway}, or for a lab: ttp lab up {gateway}",
+                        f"ttp gateway up {spec.gateway}, or for a lab: ttp lab up {spec.gateway}",
                     ) from None
-                control.start(control.default_spec(gateway), echo=client.echo if verbose else None)
+                control.start(
+                    control.default_spec(spec.gateway), echo=client.echo if spec.verbose else None
+                )
     except client.RefusedError as failure:
         client.fail(failure)
 
 
-def plan(
-    command: Command,
-    gateway: Gateway = "default",
-    name: Name = None,
-    user: User = None,
-    no_ipv6: NoIpv6 = False,
-    bootstrap_timeout: Timeout = 180.0,
-    verbose: Verbose = False,
-) -> None:
+@takes_request
+def plan(spec: RunSpec) -> None:
     """Print every step that `ttp run` would take on a new gateway, and do nothing.
 
     What runs on the host is shown as it is; namespaces are shown by name, though they have none.
@@ -89,16 +106,15 @@ def plan(
     from nsrun.plan import make_plan
     from nsrun.steps import StartUplink
 
-    spec = _spec(command, gateway, name, user, no_ipv6, bootstrap_timeout, verbose)
     rootless = os.geteuid() != 0
     caller, environment = resolve(spec, client.caller(), rootless)
-    made = make_plan(control.default_spec(gateway), facts.probe(), caller, rootless)
+    made = make_plan(control.default_spec(spec.gateway), facts.probe(), caller, rootless)
     print("# the gateway, by its supervisor, once")
     for step in made.gateway:
         print(step.describe())
         if isinstance(step, StartUplink):
             for wanted in step.candidates:
-                print(*uplink.describe(uplink.value(wanted, gateway), "gateway"), sep="\n")
+                print(*uplink.describe(uplink.value(wanted, spec.gateway), "gateway"), sep="\n")
     print("\n# the workload, by the supervisor")
     for step in made.workload:
         print(step.describe())
@@ -107,34 +123,21 @@ def plan(
         print(" ".join([str(verb), *(repr(argument) for argument in arguments)]))
     for variable, value in environment.items():
         print(f"export {variable}={value}")
-    print("exec", *command)
+    print("exec", *spec.command)
 
 
-def parse(arguments: list[str], gateway: str) -> RunSpec | None:
-    """The RunSpec of the arguments after ``ttp run``, ``gateway`` being the client's default.
+def parse(asked: dict[str, Any]) -> RunSpec | None:
+    """The RunSpec of a client's request: its arguments, and its default of a gateway.
 
     None if they are for the full interface to deal with: help is wanted, or they are wrong.
     """
     try:
-        command = _command()
-        with command.make_context(
-            "run", list(arguments), default_map={"gateway": gateway}
+        with _command().make_context(
+            "run", list(asked["arguments"]), default_map={"gateway": asked["gateway"]}
         ) as found:
-            return _spec(**found.params)
+            return request(**found.params)
     except (typer.Exit, TyperException, UsageError):
         return None
-
-
-def _spec(
-    command: list[str],
-    gateway: str,
-    name: str | None,
-    user: str | None,
-    no_ipv6: bool,
-    bootstrap_timeout: float,
-    verbose: bool,
-) -> RunSpec:
-    return RunSpec(tuple(command), gateway, name, user, not no_ipv6, bootstrap_timeout, verbose)
 
 
 @cache
