@@ -40,7 +40,8 @@ def main() -> NoReturn:
     """Entry point of the ``ttp`` command."""
     if sys.argv[1:2] == ["run"]:
         try:
-            become(sys.argv[2:], _gateway(sys.argv[2:]))
+            given = defaults()
+            become(sys.argv[2:], _gateway(sys.argv[2:], given), given)
         except NotHereError:
             pass
         except RefusedError as failure:
@@ -56,19 +57,20 @@ def main() -> NoReturn:
     raise AssertionError("the command line interface returned")
 
 
-def become(arguments: list[str], gateway: str) -> NoReturn:
+def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoReturn:
     """Carry out ``ttp run ARGUMENTS`` on a gateway that is already there.
 
-    Raises NotHereError when there is none to ask, and RefusedError when it refuses. After that
-    there is no way back: an error ends the process with 125, 126 or 127.
+    ``defaults`` are what defaults() returns. Raises NotHereError when there is no gateway to ask,
+    and RefusedError when it refuses. After that there is no way back: an error ends the process
+    with 125, 126 or 127.
     """
     answer, descriptors = ask(
         f"{paths.gateway(gateway)}/api",
         {
             "do": "run",
             "version": __version__,
-            "gateway": gateway,
             "arguments": arguments,
+            "defaults": defaults,
             "caller": caller(),
         },
     )
@@ -196,12 +198,30 @@ def caller() -> dict[str, Any]:
     }
 
 
+def defaults() -> dict[str, Any]:
+    """Where defaults of options come from: configuration files, with their text, and variables.
+
+    They are sent as they are; nsrun/cli/settings.py makes sense of them. Raises RefusedError.
+    """
+    files = []
+    for path in paths.configuration():
+        try:
+            with open(path, "rb") as file:
+                files.append((path, file.read().decode("utf-8", "surrogateescape")))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise RefusedError(f"read {path}", str(error.strerror), "", RUN_FAILED) from None
+    environment = {name: text for name, text in os.environ.items() if name.startswith("TTP_")}
+    return {"files": files, "environment": environment}
+
+
 _DOCTOR = "the command was not run; see docs/known-issues.md or run with -v"
 _AGAIN = "run the same command again: it starts a new one"
 _CLOEXEC = 0x40000000  # MSG_CMSG_CLOEXEC
 
 
-def _gateway(arguments: list[str]) -> str:
+def _gateway(arguments: list[str], defaults: dict[str, Any]) -> str:
     """The gateway's name, by a glance: the supervisor parses properly, and may say "not mine"."""
     for index, argument in enumerate(arguments):
         if argument == "--":
@@ -210,7 +230,16 @@ def _gateway(arguments: list[str]) -> str:
             return "".join(arguments[index + 1 : index + 2])
         if argument.startswith("--gateway="):
             return argument[10:]
-    return os.environ.get("TTP_GATEWAY") or "default"
+    name = defaults["environment"].get("TTP_GATEWAY", "")
+    for _path, text in reversed(defaults["files"]):
+        section = ""
+        for line in () if name else text.splitlines():
+            key, _, value = line.partition("#")[0].partition("=")
+            if key.startswith("["):
+                section = key.strip()
+            elif section == "[run]" and key.strip() == "gateway":
+                name = value.strip(" \t\"'")
+    return name or "default"
 
 
 def _exec(command: list[str], environment: dict[str, str]) -> NoReturn:

@@ -47,6 +47,15 @@ def log(state_directory: str) -> str:
     return f"{state_directory}/log"
 
 
+def configuration() -> list[str]:
+    """Files with defaults of options, the strongest last. Root has the system's only: sudo may keep
+    the HOME of somebody else. $TTP_CONFIG is read in place of the user's own.
+    """
+    own = "" if os.geteuid() == 0 else f"{_home('XDG_CONFIG_HOME', '.config')}/config.toml"
+    own = os.environ.get("TTP_CONFIG") or own
+    return ["/etc/ttp/config.toml", own] if own else ["/etc/ttp/config.toml"]
+
+
 def private_directory(path: str) -> None:
     """Make ``path`` for us alone, or check that it is. Root's can be passed through, by Tor's user.
 

@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from nsrun import __version__, enter
-from nsrun.cli import gateway, lab, run
+from nsrun.cli import config, gateway, lab, run
 from nsrun.errors import ExitCode, NsrunError, UsageError
 
 app = typer.Typer(
@@ -23,8 +23,9 @@ app = typer.Typer(
 )
 app.add_typer(gateway.app, name="gateway")
 app.add_typer(lab.app, name="lab")
-app.command("run", context_settings=run.CONTEXT)(run.run)
-app.command("plan", context_settings=run.CONTEXT)(run.plan)
+app.add_typer(config.app, name="config")
+app.command("run", cls=run.CLASS, context_settings=run.CONTEXT)(run.run)
+app.command("plan", cls=run.CLASS, context_settings=run.CONTEXT)(run.plan)
 app.command("ps")(gateway.ps)
 app.command("refresh")(gateway.refresh)
 

@@ -6,13 +6,17 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from nsrun import client, paths
+from nsrun.cli import settings
 from nsrun.errors import UsageError
+from nsrun.spec import GatewaySpec, check_seconds
+from nsrun.torrc import check_fragment
 
 app = typer.Typer(help="Gateways: where Tor runs.")
 
@@ -23,7 +27,49 @@ Gateway = Annotated[
 ]
 
 
-@app.command()
+def describe(
+    name: str,
+    uplink: Sequence[str] | None = None,
+    torrc: Path | None = None,
+    idle: float | None = None,
+    bootstrap_timeout: float | None = None,
+    **_others: object,
+) -> GatewaySpec:
+    """The gateway that options of ``ttp gateway up`` describe. Raises UsageError."""
+    from nsrun.gateway import control
+
+    spec = control.default_spec(name)
+    if uplink:
+        spec = replace(spec, uplinks=tuple(uplink))
+    if torrc is not None:
+        try:
+            text = Path(torrc).read_text()
+        except OSError as error:
+            raise UsageError(f"read the torrc fragment {torrc}", error.strerror) from error
+        spec = replace(spec, torrc=check_fragment(text, str(torrc)))
+    if idle is not None:
+        spec = replace(spec, idle=idle)
+    if bootstrap_timeout is not None:
+        check_seconds("--bootstrap-timeout", bootstrap_timeout)
+    return spec
+
+
+def on_demand(name: str, found: settings.Settings) -> GatewaySpec:
+    """The gateway that ``ttp run`` may start. Raises UsageError when it must be up."""
+    if name != "default" and name not in found.gateways:
+        raise UsageError(
+            f"use the gateway {name}",
+            "it is not up",
+            f"ttp gateway up {name}, or for a lab: ttp lab up {name}",
+        )
+    return describe(name, **found.given(settings.GATEWAY, name))
+
+
+def _check(**option: Any) -> None:
+    describe("any", **option)
+
+
+@app.command(cls=settings.settable(settings.GATEWAY, _check))
 def up(
     name: Named = "default",
     uplink: Annotated[
@@ -47,25 +93,12 @@ def up(
     ] = False,
 ) -> None:
     """Start the gateway NAME and wait until its Tor is ready."""
-    from dataclasses import replace
-
     from nsrun.gateway import control
-    from nsrun.spec import check_seconds
-    from nsrun.torrc import check_fragment
 
-    check_seconds("--bootstrap-timeout", bootstrap_timeout)
-    spec = control.default_spec(name)
-    if uplink:
-        spec = replace(spec, uplinks=tuple(uplink))
-    if torrc is not None:
-        try:
-            text = torrc.read_text()
-        except OSError as error:
-            raise UsageError(f"read the torrc fragment {torrc}", error.strerror) from error
-        spec = replace(spec, torrc=check_fragment(text, str(torrc)))
+    spec = describe(name, uplink, torrc, idle, bootstrap_timeout)
     if name in control.running():
         raise UsageError(f"start the gateway {name}", "it is up", f"ttp gateway down {name}")
-    control.start(replace(spec, idle=idle), echo=client.echo if verbose else None)
+    control.start(spec, echo=client.echo if verbose else None)
     control.ask(name, {"do": "wait", "timeout": bootstrap_timeout})
 
 

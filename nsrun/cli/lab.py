@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from nsrun.errors import ExitCode, NsrunError
+from nsrun.cli import settings
+from nsrun.errors import ExitCode, NsrunError, UsageError
+from nsrun.lab.topology import NAMESPACES
 
 if TYPE_CHECKING:
     from nsrun.lab.control import Status
@@ -23,7 +25,15 @@ Lab = Annotated[str, typer.Option("--lab", envvar="TTP_LAB", help="Name of the l
 In = Annotated[str, typer.Option("--in", metavar="PLACE", help="Where: host, router, lan or inet.")]
 
 
-@app.command()
+def _check(place: str = NAMESPACES[0], **_others: object) -> None:
+    if place not in NAMESPACES:
+        raise UsageError(f"enter {place}", f"{place!r} is none of {', '.join(NAMESPACES)}")
+
+
+CLASS = settings.settable("lab", _check)
+
+
+@app.command(cls=CLASS)
 def up(
     name: Name = "lab",
     gateway: Annotated[
@@ -74,7 +84,7 @@ def status(
         print("\n\n".join(_describe(one) for one in found))
 
 
-@app.command()
+@app.command(cls=CLASS)
 def logs(
     program: Annotated[
         str | None, typer.Argument(metavar="[NODE]", help="A relay, or web, dns, gateway, ….")
@@ -90,7 +100,9 @@ def logs(
         sys.stdout.write(control.log(lab, program))
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@app.command(
+    cls=CLASS, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
 def run(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND [ARGUMENTS]…")],
     lab: Lab = "lab",
@@ -103,7 +115,7 @@ def run(
     _enter(lab, place, command)
 
 
-@app.command()
+@app.command(cls=CLASS)
 def shell(lab: Lab = "lab", place: In = "host") -> None:
     """Start a shell in the lab, as its root."""
     _enter(lab, place, [os.environ.get("SHELL") or "/bin/sh"])

@@ -13,6 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from nsrun import client
+from nsrun.cli import settings
 from nsrun.errors import NsrunError, UsageError
 from nsrun.spec import RunSpec
 from nsrun.user import resolve
@@ -51,6 +52,13 @@ def request(
     return RunSpec(tuple(command), gateway, name, user, not no_ipv6, bootstrap_timeout, verbose)
 
 
+def _check(**option: Any) -> None:
+    request(["true"], **option)
+
+
+CLASS = settings.settable("run", _check)
+
+
 def takes_request(act: Callable[[RunSpec], None]) -> Callable[..., None]:
     """A typer command that has the options of ``request`` and acts on the value they make."""
 
@@ -70,27 +78,22 @@ def takes_request(act: Callable[[RunSpec], None]) -> Callable[..., None]:
 def run(spec: RunSpec) -> None:
     """Run COMMAND behind Tor. Its exit code is ours; 125 if we fail, 126 and 127 as env(1).
 
-    The gateway named default is started if it is not up.
+    The gateway named default, and those that a configuration file describes, are started if they
+    are not up.
     """
+    from nsrun.cli.gateway import on_demand
     from nsrun.gateway import control
 
     arguments = sys.argv[sys.argv.index("run") + 1 :]
     try:
         for attempt in (1, 2):
             try:
-                client.become(arguments, spec.gateway)
+                client.become(arguments, spec.gateway, settings.gathered())
             except client.NotHereError:
                 if attempt == 2:
                     raise NsrunError("reach the gateway", "it ended as soon as it was up") from None
-                if spec.gateway != "default":
-                    raise UsageError(
-                        f"use the gateway {spec.gateway}",
-                        "it is not up",
-                        f"ttp gateway up {spec.gateway}, or for a lab: ttp lab up {spec.gateway}",
-                    ) from None
-                control.start(
-                    control.default_spec(spec.gateway), echo=client.echo if spec.verbose else None
-                )
+                echo = client.echo if spec.verbose else None
+                control.start(on_demand(spec.gateway, settings.here()), echo=echo)
     except client.RefusedError as failure:
         client.fail(failure)
 
@@ -102,13 +105,15 @@ def plan(spec: RunSpec) -> None:
     What runs on the host is shown as it is; namespaces are shown by name, though they have none.
     """
     from nsrun import facts
-    from nsrun.gateway import control, uplink
+    from nsrun.cli.gateway import on_demand
+    from nsrun.gateway import uplink
     from nsrun.plan import make_plan
     from nsrun.steps import StartUplink
 
     rootless = os.geteuid() != 0
     caller, environment = resolve(spec, client.caller(), rootless)
-    made = make_plan(control.default_spec(spec.gateway), facts.probe(), caller, rootless)
+    gateway = on_demand(spec.gateway, settings.here())
+    made = make_plan(gateway, facts.probe(), caller, rootless)
     print("# the gateway, by its supervisor, once")
     for step in made.gateway:
         print(step.describe())
@@ -127,14 +132,13 @@ def plan(spec: RunSpec) -> None:
 
 
 def parse(asked: dict[str, Any]) -> RunSpec | None:
-    """The RunSpec of a client's request: its arguments, and its default of a gateway.
+    """The RunSpec of a client's request: its arguments, and the client's defaults.
 
     None if they are for the full interface to deal with: help is wanted, or they are wrong.
     """
     try:
-        with _command().make_context(
-            "run", list(asked["arguments"]), default_map={"gateway": asked["gateway"]}
-        ) as found:
+        arguments, defaults = list(asked["arguments"]), asked["defaults"]
+        with _command().make_context("run", arguments, obj=defaults) as found:
             return request(**found.params)
     except (typer.Exit, TyperException, UsageError):
         return None
@@ -143,5 +147,5 @@ def parse(asked: dict[str, Any]) -> RunSpec | None:
 @cache
 def _command() -> Any:
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command("run", context_settings=CONTEXT)(run)
+    app.command("run", cls=CLASS, context_settings=CONTEXT)(run)
     return typer.main.get_command(app)

@@ -137,7 +137,7 @@ def test_another_version_is_not_asked(lab: Lab) -> None:
     """A supervisor that outlived an upgrade says so, and what to do."""
     request = (
         "import nsrun.client as c\nc.__version__ = '0.0.0'\n"
-        f"try: c.become(['true'], {lab.name!r})\n"
+        f"try: c.become(['true'], {lab.name!r}, c.defaults())\n"
         "except c.RefusedError as e: print(e.cause, '|', e.hint)"
     )
     done = lab.do(str(Path(TTP).with_name("python")), "-c", request)
