@@ -15,18 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from nsrun import ruleset
+from nsrun import netlink, ruleset
 from nsrun.errors import MissingError, NsrunError, VerifyError
 from nsrun.facts import search_path
 from nsrun.netns import Namespace
 from nsrun.steps import (
+    DropElements,
     DropNamespace,
-    DropRules,
     Ip,
     LoadRules,
     MakeDirectory,
     MakeNamespace,
     RemoveFile,
+    SetElements,
     SetSysctl,
     StartTor,
     StartUplink,
@@ -70,13 +71,14 @@ class Machine:
             case SetSysctl(where, key, value):
                 self.namespaces[where].call(_write_sysctl, key, value)
             case Ip(where, commands):
-                self._ip(step, where, commands)
+                known = {f"@{name}": space.fd for name, space in self.namespaces.items()}
+                self.namespaces[where].call(netlink.ip, commands, known)
             case LoadRules(where, text):
                 self._load(step, where, text)
-            case DropRules(where, text):
-                if where in self.namespaces:
-                    with suppress(NsrunError):  # absence is success
-                        self._run(step, where, ("nft", "-f", "-"), text)
+            case SetElements(where, text):
+                self.namespaces[where].call(netlink.elements, text)
+            case DropElements(where, text):
+                self.namespaces[where].call(_drop_elements, text)
             case MakeDirectory(path, mode, uid, gid):
                 Path(path).mkdir(parents=True, exist_ok=True)
                 os.chown(path, uid, gid)
@@ -93,16 +95,6 @@ class Machine:
                 if name in self.processes:
                     self.processes.pop(name).stop()
 
-    def _ip(self, step: Step, where: str, commands: tuple[str, ...]) -> None:
-        known = {f"@{name}": namespace.fd for name, namespace in self.namespaces.items()}
-        named = {name: fd for name, fd in known.items() if name in " ".join(commands)}
-        text = re.sub(
-            "|".join(named) or "@",
-            lambda found: f"/proc/self/fd/{named[found[0]]}",
-            "\n".join(commands),
-        )
-        self._run(step, where, ("ip", "-batch", "-"), text, tuple(named.values()))
-
     def _load(self, step: Step, where: str, text: str) -> None:
         self._run(step, where, ("nft", "-f", "-"), text)
         if table := re.match(r"table (inet \S+)", text):
@@ -114,9 +106,7 @@ class Machine:
                     "another program may be changing them; nothing was opened",
                 )
 
-    def _run(
-        self, step: Step, where: str, command: tuple[str, ...], text: str, fds: tuple[int, ...] = ()
-    ) -> str:
+    def _run(self, step: Step, where: str, command: tuple[str, ...], text: str) -> str:
         try:
             done = self.namespaces[where].call(
                 subprocess.run,
@@ -124,7 +114,6 @@ class Machine:
                 input=text,
                 capture_output=True,
                 text=True,
-                pass_fds=fds,
                 env={**os.environ, "PATH": search_path(), "LC_ALL": "C"},
             )
         except FileNotFoundError as error:
@@ -149,6 +138,12 @@ def apply(steps: Iterable[Step], do: Callable[[Step], None]) -> ExitStack:
                 back.callback(do, inverse)  # first: an undo that finds nothing is no error
             do(step)
         return back.pop_all()
+
+
+def _drop_elements(text: str) -> None:
+    for line in text.splitlines():
+        with suppress(FileNotFoundError):  # absence is success
+            netlink.elements(line)
 
 
 def _write_sysctl(key: str, value: str) -> None:

@@ -20,6 +20,7 @@ from nsrun.steps import (
     LoadRules,
     MakeDirectory,
     MakeNamespace,
+    SetElements,
     SetSysctl,
     StartTor,
     StartUplink,
@@ -107,7 +108,7 @@ def make_plan(gateway: GatewaySpec, facts: Facts, caller: Caller, nested: bool) 
     block = choose_block(facts.networks)
     return Plan(
         gateway_steps(gateway, facts, block),
-        workload_steps(Workload(block, 2), facts),
+        workload_steps(Workload(block, 2)),
         enter_ops(gateway, facts, block, caller, nested),
     )
 
@@ -163,9 +164,8 @@ _GATEWAY_SYSCTLS = (
 )
 
 
-def workload_steps(workload: Workload, facts: Facts) -> tuple[Step, ...]:
+def workload_steps(workload: Workload) -> tuple[Step, ...]:
     """A namespace whose only link ends in the gateway, ready to be joined."""
-    policy = ruleset.gateway_policy(workload.block, facts.tor_uid)
     link, address4, address6 = workload.link, workload.address4, workload.address6
     end = f"mtu {MTU} address {LINK_MAC}"
     return (
@@ -175,24 +175,31 @@ def workload_steps(workload: Workload, facts: Facts) -> tuple[Step, ...]:
             (
                 "link set lo up",
                 f"link add eth0 {end} type veth peer name {link} {end} netns @gateway",
-                "link set eth0 addrgenmode none arp off up",
+                "link set eth0 addrgenmode none",  # first: going up makes a link-local address
+                "link set eth0 arp off up",
                 f"address add {address4}/32 dev eth0",
                 f"address add {address6}/128 dev eth0",
                 "route add 0.0.0.0/0 dev eth0",
                 "route add ::/0 dev eth0",
+                # resolvers on loopback (127.0.0.53, 127.0.0.11) are the gateway's: a program with
+                # such an address in an old resolv.conf would otherwise get no answer
+                "route add 0.0.0.0/0 dev eth0 table 53",
+                "rule add pref 1 lookup local",
+                "rule del pref 0",
+                "rule add pref 0 to 127.0.0.0/8 ipproto udp dport 53 lookup 53",
             ),
         ),
         SetSysctl("workload", "net.ipv4.conf.eth0.route_localnet", "1"),
-        LoadRules("workload", ruleset.render_workload(policy)),
         Ip(
             "gateway",
             (
-                f"link set {link} addrgenmode none arp off up",
+                f"link set {link} addrgenmode none",
+                f"link set {link} arp off up",
                 f"route add {address4}/32 dev {link}",
                 f"route add {address6}/128 dev {link}",
             ),
         ),
-        LoadRules(
+        SetElements(
             "gateway",
             ruleset.add_link(link, address4, address6),
             ruleset.remove_link(link, address4, address6),

@@ -147,34 +147,6 @@ def render_closed(table: str = "ttp") -> str:
     )
 
 
-def render_workload(policy: Policy, interface: str = "eth0") -> str:
-    """Inside a workload: resolvers on loopback (127.0.0.53, 127.0.0.11) are the gateway's.
-
-    Not a guard, those are all in the gateway: a program with such an address in an old
-    resolv.conf would otherwise get no answer.
-    """
-    gateway = policy.dns4.rpartition(":")[0]
-    catch = f"ip daddr 127.0.0.0/8 udp dport 53 dnat ip to {gateway}:53"
-    leave = f'oifname "{interface}" ip saddr 127.0.0.0/8 masquerade'
-    return _table(
-        policy.table,
-        _chain(
-            "catch",
-            "nat",
-            "output priority -100",
-            "accept",
-            [_rule("P2 a local resolver is the gateway's", catch)],
-        )
-        + _chain(
-            "leave",
-            "nat",
-            "postrouting priority 100",
-            "accept",
-            [_rule("P2 so that its answers return", leave)],
-        ),
-    )
-
-
 def add_link(name: str, address4: str, address6: str, table: str = "ttp") -> str:
     """Let the link ``name`` speak, and only as these two addresses."""
     return (

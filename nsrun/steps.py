@@ -53,7 +53,7 @@ class SetSysctl:
 
 @dataclass(frozen=True)
 class Ip:
-    """One ``ip -batch`` in a namespace; ``@name`` stands for the path of another namespace.
+    """Lines of ip(8), in a namespace; ``@name`` stands for another one. See nsrun/netlink.py.
 
     Links, addresses and routes made here go with the namespace they are in.
     """
@@ -71,22 +71,39 @@ class Ip:
 
 @dataclass(frozen=True)
 class LoadRules:
-    """One nft transaction. A whole table is read back afterwards and compared (P12)."""
+    """One nft transaction. A whole table is read back afterwards and compared (P12).
+
+    It goes with its namespace.
+    """
 
     where: str
     text: str
-    inverse: str = ""
 
     def describe(self) -> str:
         return f"ip netns exec {self.where} nft -f - <<'EOF'\n{self.text}EOF"
 
     def undo(self) -> Step | None:
-        return DropRules(self.where, self.inverse) if self.inverse else None
+        return None
 
 
 @dataclass(frozen=True)
-class DropRules:
-    """Takes elements out of a set; somebody else may have flushed them already."""
+class SetElements:
+    """Adds and deletes elements of sets and maps, in one transaction; ``inverse`` takes it back."""
+
+    where: str
+    text: str
+    inverse: str
+
+    def describe(self) -> str:
+        return f"ip netns exec {self.where} nft -f - <<'EOF'\n{self.text}EOF"
+
+    def undo(self) -> Step | None:
+        return DropElements(self.where, self.inverse)
+
+
+@dataclass(frozen=True)
+class DropElements:
+    """Takes elements out of sets and maps; somebody else may have flushed them already."""
 
     where: str
     text: str
@@ -198,7 +215,8 @@ Step = (
     | SetSysctl
     | Ip
     | LoadRules
-    | DropRules
+    | SetElements
+    | DropElements
     | MakeDirectory
     | WriteFile
     | RemoveFile

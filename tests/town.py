@@ -141,7 +141,8 @@ class Uplink:
                 (
                     "link add uplink type veth peer name eth0 netns @world",
                     # as on the links: no ARP, so that the first packet need not wait, or be missed
-                    f"link set uplink address {LINK_MAC} addrgenmode none arp off up",
+                    f"link set uplink address {LINK_MAC} addrgenmode none",
+                    "link set uplink arp off up",
                     f"address add {UPLINK4}/24 dev uplink",
                     f"address add {UPLINK6}/64 dev uplink nodad",
                 ),
@@ -152,7 +153,8 @@ class Uplink:
                 "world",
                 (
                     "link set lo up",
-                    f"link set eth0 address {LINK_MAC} addrgenmode none arp off up",
+                    f"link set eth0 address {LINK_MAC} addrgenmode none",
+                    "link set eth0 arp off up",
                     f"address add {WORLD4}/24 dev eth0",
                     f"address add {WORLD6}/64 dev eth0 nodad",
                     "route add local 0.0.0.0/1 dev lo table main",

@@ -28,7 +28,7 @@ from nsrun.errors import NsrunError
 from nsrun.gateway import uplink
 from nsrun.gateway.requests import Parse, Requests, listen
 from nsrun.gateway.tor import Progress, Tor
-from nsrun.gateway.workloads import Workloads, gone_links, learn_netlink, link_monitor
+from nsrun.gateway.workloads import Workloads, gone_links, link_monitor
 from nsrun.plan import LINK_PREFIX, Workload, gateway_steps
 from nsrun.plan import UPLINK as UPLINK_LINK
 from nsrun.spec import GatewaySpec
@@ -75,10 +75,9 @@ class Supervisor:
 
     async def _serve(self, server: socket.socket) -> None:
         gateway = self.machine.namespaces["gateway"]
-        self.workloads = Workloads(gateway, self.facts, Workload(self.block, 2))
+        self.workloads = Workloads(gateway, Workload(self.block, 2))
         monitor = link_monitor(gateway)
         self._loop.add_reader(monitor, self._links_changed, monitor)
-        reading = asyncio.ensure_future(asyncio.to_thread(learn_netlink))  # while Tor bootstraps
         accepting = asyncio.ensure_future(self._requests.accept(server))
         idle = asyncio.ensure_future(self._watch_idle())
         self._tell({"ready": True})
@@ -86,7 +85,7 @@ class Supervisor:
         try:
             await self._stop.wait()
         finally:
-            for task in (reading, accepting, idle):
+            for task in (accepting, idle):
                 task.cancel()
             self._loop.remove_reader(monitor)
             monitor.close()
@@ -144,7 +143,8 @@ class Supervisor:
         self.notify()
 
     def _links_changed(self, monitor: socket.socket) -> None:
-        for link in gone_links(monitor):
+        links = gone_links(monitor)
+        for link in self.workloads.missing() if links is None else links:
             if link == UPLINK_LINK and "uplink" in self.machine.processes:
                 if self.uplink is not None and self.uplink.pidfd is None:
                     self._uplink_died(StartUplink(self.spec.uplinks))

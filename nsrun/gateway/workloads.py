@@ -7,6 +7,7 @@ namespace has ended: nobody else has to be alive, or to behave, for that.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import time
@@ -14,12 +15,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nsrun import ruleset
+from nsrun import netlink, ruleset
 from nsrun.apply import Machine, apply
 from nsrun.errors import NsrunError
 from nsrun.netns import Namespace
-from nsrun.plan import Facts, Workload, workload_steps
-from nsrun.steps import DropRules, LoadRules, SetSysctl
+from nsrun.plan import Workload, workload_steps
+from nsrun.steps import DropElements, SetElements, SetSysctl
 
 READY = 3  # made ahead: as many as a shell pipeline of torified commands has
 
@@ -55,8 +56,8 @@ class Live:
 class Workloads:
     """Makes, gives out and forgets workloads. Numbers and identities are never used again."""
 
-    def __init__(self, gateway: Namespace, facts: Facts, first: Workload) -> None:
-        self._gateway, self._facts, self._block = gateway, facts, first.block
+    def __init__(self, gateway: Namespace, first: Workload) -> None:
+        self._gateway, self._block = gateway, first.block
         self._number, self._identities = first.number, 0
         self._ready: list[Live] = []
         self.live: dict[str, Live] = {}  # by link
@@ -94,6 +95,12 @@ class Workloads:
         self.live[live.workload.link] = live
         return live, fd
 
+    def missing(self) -> list[str]:
+        """Links of workloads that are no more, by looking at those that are."""
+        there = {name for _, name in self._gateway.call(socket.if_nameindex)}
+        known = [*self.live, *(live.workload.link for live in self._ready)]
+        return [link for link in known if link not in there]
+
     def ended(self, link: str) -> Live | None:
         """The kernel says that ``link`` is gone: forget the workload and its elements."""
         live = self.live.pop(link, None)
@@ -115,9 +122,11 @@ class Workloads:
         for address, identity in zip(
             (live.workload.address4, live.workload.address6), fresh, strict=True
         ):
-            text = ruleset.set_identity(address, str(identity), live.identity.get(address))
-            Machine({"gateway": self._gateway}).do(LoadRules("gateway", text))
-            live.identity[address] = str(identity)
+            new = str(identity)
+            text = ruleset.set_identity(address, new, live.identity.get(address))
+            inverse = ruleset.drop_identity(address, new)
+            Machine({"gateway": self._gateway}).do(SetElements("gateway", text, inverse))
+            live.identity[address] = new
         return live
 
     def named(self, name: str) -> Live:
@@ -141,13 +150,13 @@ class Workloads:
     def _build(self, workload: Workload) -> Live:
         effects: list[str] = []
         machine = Machine({"gateway": self._gateway}, echo=effects.append)
-        undo = apply(workload_steps(workload, self._facts), machine.do)
+        undo = apply(workload_steps(workload), machine.do)
         machine.echo = lambda _: None
         return Live(workload, machine, undo, tuple(effects))
 
     def _drop_identity(self, address: str, identity: str) -> None:
         text = ruleset.drop_identity(address, identity)
-        Machine({"gateway": self._gateway}).do(DropRules("gateway", text))
+        Machine({"gateway": self._gateway}).do(DropElements("gateway", text))
 
 
 def link_monitor(gateway: Namespace) -> socket.socket:
@@ -165,24 +174,16 @@ def link_monitor(gateway: Namespace) -> socket.socket:
     return gateway.call(make)
 
 
-def learn_netlink() -> None:
-    """Load the parser of netlink messages, which takes 120 ms, before there is one to parse."""
-    import pyroute2.netlink.rtnl.marshal  # noqa: F401
-
-
-def gone_links(monitor: socket.socket) -> list[str]:
-    """Names of the links that went since the last call."""
-    from pyroute2.netlink.rtnl import RTM_DELLINK
-    from pyroute2.netlink.rtnl.marshal import MarshalRtnl
-
+def gone_links(monitor: socket.socket) -> list[str] | None:
+    """Names of the links that went since the last call; None if there were too many to tell."""
     names: list[str] = []
+    lost = False
     while True:
         try:
-            data = monitor.recv(1 << 16)
+            names += netlink.gone_links(monitor.recv(1 << 16))
         except BlockingIOError:
-            return names
-        names += [
-            message.get_attr("IFLA_IFNAME")
-            for message in MarshalRtnl().parse(data)
-            if message["header"]["type"] == RTM_DELLINK
-        ]
+            return None if lost else names
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:  # netlink(7): the socket was full, messages are lost
+                raise
+            lost = True

@@ -28,7 +28,6 @@ RULESETS = {
     ),
     "host": ruleset.render(replace(HOST, dns6="[::1]:9054"), OwnOutput(107)),
     "closed": ruleset.render_closed(),
-    "workload": ruleset.render_workload(POLICY),
 }
 
 FACTS = Facts(

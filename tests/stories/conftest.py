@@ -34,7 +34,7 @@ def town(tmp_path: os.PathLike[str]) -> Iterator[Town]:
         stack.callback(machine.namespaces["world"].close)
         stack.enter_context(apply(gateway_steps(spec, facts, BLOCK), machine.do))
         gateway = Actor("gateway", machine.namespaces["gateway"])
-        workloads = Workloads(gateway.space, facts, Workload(BLOCK, 2))
+        workloads = Workloads(gateway.space, Workload(BLOCK, 2))
         stack.callback(workloads.close)
         actors = []
         for name in ("app", "bob"):

@@ -57,6 +57,7 @@ def test_tcp_to_anywhere_is_answered_by_transport(town: Town, site: str) -> None
         "9.9.9.9",
         "192.168.1.1",
         "2620:fe::fe",
+        "127.0.0.1",
         "127.0.0.53",
         "127.0.0.11",
     ],

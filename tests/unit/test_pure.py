@@ -9,7 +9,7 @@ from nsrun.address import BLOCKS, choose_block
 from nsrun.errors import NsrunError, UsageError
 from nsrun.plan import Facts, Workload, gateway_steps, hosts_by_dns, workload_steps
 from nsrun.spec import GatewaySpec, RunSpec
-from nsrun.steps import LoadRules, StartTor, StartUplink, WriteFile
+from nsrun.steps import LoadRules, SetElements, StartTor, StartUplink, WriteFile
 from nsrun.torrc import REFUSED, check_fragment
 
 FACTS = Facts(1, 107, 113, ("192.168.1.2/24",), True, "", "x86_64")
@@ -99,14 +99,14 @@ def test_nothing_is_open_before_it_is_closed() -> None:
     assert closed.text == ruleset.render_closed()
     assert isinstance(full, LoadRules)
     assert "sources4" in full.text
-    assert isinstance(workload_steps(Workload(BLOCKS[0], 2), FACTS)[-1], LoadRules)
+    assert isinstance(workload_steps(Workload(BLOCKS[0], 2))[-1], SetElements)
 
 
 def test_every_undo_is_the_end_of_its_chain() -> None:
     """An undo step undoes; it has none of its own but rules, which are their own inverse."""
     for step in (
         *gateway_steps(SPEC, FACTS, BLOCKS[0]),
-        *workload_steps(Workload(BLOCKS[0], 2), FACTS),
+        *workload_steps(Workload(BLOCKS[0], 2)),
     ):
         inverse = step.undo()
         assert inverse is None or inverse.undo() is None
