@@ -74,6 +74,8 @@ def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoRe
             "caller": caller(),
         },
     )
+    if warning := answer["warning"]:
+        _complain("ttp: {}\nhint: {}\n".format(*warning))
     verbose = answer["verbose"]
     environment = _environment()  # now: later /proc/self is not ours to read
     for effect in answer["effects"] if verbose else ():

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from nsrun import __version__
 from nsrun.errors import ExitCode, GatewayError, NsrunError, UsageError
+from nsrun.gateway import outside
 from nsrun.plan import enter_ops
 from nsrun.spec import RunSpec
 from nsrun.user import resolve
@@ -152,6 +153,9 @@ class Requests:
         asked = request["caller"]
         nested = asked["user_namespace"] != Path("/proc/self/ns/user").stat().st_ino
         caller, environment = resolve(spec, asked, nested)
+        uid = caller.uid if caller.switched else client.uid
+        others = [live.pid for live in gateway.workloads.live.values()]
+        warning = outside.warning(spec.command, uid, others)
         await self._bootstrapped(client, spec.bootstrap_timeout)
         live, fd = await gateway.workloads.give(spec.name, client.pid, spec.command, spec.ipv6)
         log.info("workload %s: pid %d, %s", live.name, client.pid, " ".join(spec.command))
@@ -168,6 +172,7 @@ class Requests:
             "command": spec.command,
             "verbose": spec.verbose,
             "effects": live.effects if spec.verbose else (),
+            "warning": warning,
         }
         try:
             await client.send(answer, list(descriptors.values()))
