@@ -206,7 +206,7 @@ def _element(line: str) -> Message:
     if found is None:
         raise ValueError(f"not understood: nft {line}")
     verb, table, name, key, value = found.groups()
-    element = _nest(ELEM_KEY, _attribute(DATA_VALUE, b"".join(map(_packed, key.split(" . ")))))
+    element = _nest(ELEM_KEY, _attribute(DATA_VALUE, _concatenated(key.split(" . "))))
     if value:
         element += _nest(ELEM_DATA, _attribute(DATA_VALUE, _packed(value)))
     attributes = _text(ELEM_LIST_TABLE, table) + _text(ELEM_LIST_SET, name)
@@ -214,10 +214,18 @@ def _element(line: str) -> Message:
     return NFT_ELEMENT[verb], ACK | CREATE, struct.pack("=BxH", NFT_INET, 0) + attributes
 
 
+def _concatenated(words: Iterable[str]) -> bytes:
+    """Each in as many registers, of four bytes, as it takes."""
+    packed = (_packed(word) for word in words)
+    return b"".join(value + bytes(-len(value) % 4) for value in packed)
+
+
 def _packed(word: str) -> bytes:
-    """A quoted interface's name, or an address, as the kernel compares it."""
+    """A quoted interface's name, a port, or an address, as the kernel compares it."""
     if word.startswith('"'):
         return word.strip('"').encode().ljust(IFNAMSIZ, b"\0")
+    if word.isdigit():
+        return struct.pack("!H", int(word))
     return ip_address(word).packed
 
 

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 
 from nsrun import ruleset, seccomp, torrc
 from nsrun.address import AddressBlock, choose_block
-from nsrun.spec import Caller, GatewaySpec
+from nsrun.spec import Caller, GatewaySpec, RunSpec
 from nsrun.steps import (
     Ip,
     LoadRules,
@@ -103,12 +103,15 @@ class Plan:
     enter: tuple[Op, ...]
 
 
-def make_plan(gateway: GatewaySpec, facts: Facts, caller: Caller, nested: bool) -> Plan:
+def make_plan(
+    gateway: GatewaySpec, facts: Facts, caller: Caller, nested: bool, spec: RunSpec
+) -> Plan:
     """Everything that the first ``ttp run`` on a gateway would do."""
     block = choose_block(facts.networks)
+    workload = Workload(block, 2)
     return Plan(
         gateway_steps(gateway, facts, block),
-        workload_steps(Workload(block, 2)),
+        workload_steps(workload) + option_steps(workload, spec),
         enter_ops(gateway, facts, block, caller, nested),
     )
 
@@ -140,6 +143,8 @@ def gateway_steps(spec: GatewaySpec, facts: Facts, block: AddressBlock) -> tuple
                 # any route will do: without one, answers to a renewed identity are not routed
                 f"route add {block.identities} dev lo",
                 f"route add {block.identities6} dev lo",
+                f"route add {block.connections} dev lo",
+                f"route add {block.connections6} dev lo",
             ),
         ),
         MakeDirectory(f"{spec.state}/tor", 0o700, *owner),
@@ -205,6 +210,22 @@ def workload_steps(workload: Workload) -> tuple[Step, ...]:
             ruleset.remove_link(link, address4, address6),
         ),
     )
+
+
+def option_steps(workload: Workload, spec: RunSpec) -> tuple[Step, ...]:
+    """What a workload is given, or denied, that was asked for; before its first process."""
+    steps: list[Step] = []
+    if not spec.ipv6:
+        steps.append(SetSysctl("workload", "net.ipv6.conf.all.disable_ipv6", "1"))
+    if elements := ruleset.link_options(workload.link, spec.isolate, spec.socks):
+        add, remove = ruleset.add_elements(elements), ruleset.remove_elements(elements)
+        steps.append(SetElements("gateway", add, remove))
+    if spec.socks:  # by the link, as with resolvers on loopback
+        ports = (ruleset.SOCKS_AT, ruleset.HTTP_AT)
+        to = "to 127.0.0.1/32 ipproto tcp dport"
+        rules = tuple(f"rule add pref 0 {to} {port} lookup 53" for port in ports)
+        steps.append(Ip("workload", rules))
+    return tuple(steps)
 
 
 def enter_ops(

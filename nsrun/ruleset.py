@@ -14,11 +14,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
 
 from nsrun.address import AddressBlock
+from nsrun.spec import Isolation
 
-TRANS_PORT = 9040
-DNS_PORT = 9053
+# Tor's listeners: one for each isolation that Tor does by listener, see torrc.render()
+TRANS_PORT, TRANS_PORT_BY_DESTINATION = 9040, 9041
+DNS_PORT, DNS_PORT_BY_DESTINATION = 9053, 9054
+SOCKS_PORT, SOCKS_PORT_BY_DESTINATION = 9060, 9061
+HTTP_PORT, HTTP_PORT_BY_DESTINATION = 9080, 9081
+
+# Where a workload that asked for them finds Tor's proxies: at 127.0.0.1, on the ports that
+# programs have as their default (tor's own for SOCKS, Privoxy's for HTTP).
+SOCKS_AT, HTTP_AT = 9050, 8118
 
 # Reserved and private destinations (IANA special-purpose registries, RFC 6890). Tor would refuse
 # them too, but only after it accepted the connection: a refusal here reaches the program at once.
@@ -83,6 +92,8 @@ Capture = FromInterface | OwnOutput
 class Policy:
     """What is let through, and where to: Tor's listeners and the ranges that mean .onion.
 
+    ``gateway`` is the address of a gateway, and ``connections4`` and ``connections6`` are the
+    identities of single connections there; all three are of no use on a host.
     ``tor_uid`` is the user that Tor runs as, in the user namespace that loads the rules.
     """
 
@@ -94,18 +105,27 @@ class Policy:
     automap6: str
     tor_uid: int
     table: str = "ttp"
+    gateway: str = ""
+    connections4: IPv4Network | None = None
+    connections6: IPv6Network | None = None
 
 
 def gateway_policy(block: AddressBlock, tor_uid: int) -> Policy:
-    """The policy of a gateway namespace, where Tor listens on the gateway's link address."""
+    """The policy of a gateway namespace, where Tor listens on the gateway's link address.
+
+    On which port is the link's to say, by the maps of _sets().
+    """
     return Policy(
-        trans4=f"{block.gateway}:{TRANS_PORT}",
-        trans6=f"[{block.gateway6}]:{TRANS_PORT}",
-        dns4=f"{block.gateway}:{DNS_PORT}",
-        dns6=f"[{block.gateway6}]:{DNS_PORT}",
+        trans4=f"{block.gateway}:iifname map @trans",
+        trans6=f"[{block.gateway6}]:iifname map @trans",
+        dns4=f"{block.gateway}:iifname map @dns",
+        dns6=f"[{block.gateway6}]:iifname map @dns",
         automap4=str(block.automap),
         automap6=str(block.automap6),
         tor_uid=tor_uid,
+        gateway=str(block.gateway),
+        connections4=block.connections,
+        connections6=block.connections6,
     )
 
 
@@ -122,7 +142,7 @@ def render(policy: Policy, at: Capture) -> str:
     if isinstance(at, FromInterface):
         chains += [
             _chain("sources", "filter", "prerouting priority -300", "accept", _sources(at)),
-            _chain("identity", "nat", "input priority 100", "accept", _identities()),
+            _chain("identity", "nat", "input priority 100", "accept", _identities(policy)),
             _chain("input", "filter", "input priority 0", "drop", _input(at)),
             _chain("output", "filter", "output priority 0", "drop", _output(policy, at)),
         ]
@@ -162,6 +182,34 @@ def remove_link(name: str, address4: str, address6: str, table: str = "ttp") -> 
     )
 
 
+def link_options(name: str, isolate: Isolation, socks: bool) -> tuple[str, ...]:
+    """The elements that let the link ``name`` have more than every link has.
+
+    By workload needs none: Tor isolates by address.
+    """
+    by_destination = isolate == "destination"
+    elements = []
+    if by_destination:
+        elements.append(f'trans {{ "{name}" : {TRANS_PORT_BY_DESTINATION} }}')
+        elements.append(f'dns {{ "{name}" : {DNS_PORT_BY_DESTINATION} }}')
+    if isolate == "connection":
+        elements.append(f'connections {{ "{name}" }}')
+    if socks:
+        socks_port = SOCKS_PORT_BY_DESTINATION if by_destination else SOCKS_PORT
+        http_port = HTTP_PORT_BY_DESTINATION if by_destination else HTTP_PORT
+        elements.append(f'proxies {{ "{name}" . {SOCKS_AT} : {socks_port} }}')
+        elements.append(f'proxies {{ "{name}" . {HTTP_AT} : {http_port} }}')
+    return tuple(elements)
+
+
+def add_elements(elements: Iterable[str], table: str = "ttp") -> str:
+    return "".join(f"add element inet {table} {element}\n" for element in elements)
+
+
+def remove_elements(elements: Iterable[str], table: str = "ttp") -> str:
+    return "".join(f"delete element inet {table} {element}\n" for element in elements)
+
+
 def set_identity(link: str, identity: str, previous: str | None, table: str = "ttp") -> str:
     """From its next connection on, Tor sees the workload at ``link`` as ``identity`` (P7)."""
     name = "identities6" if ":" in link else "identities4"
@@ -196,8 +244,15 @@ def outline(text: str) -> tuple[str, ...]:
 
 def _redirects(policy: Policy, at: Capture) -> Iterator[str]:
     """DNS before anything, whatever its address: a resolver on the LAN is a resolver. Then .onion,
-    whose virtual addresses are private ones; then private addresses fall through to be refused."""
+    whose virtual addresses are private ones, and proxies, which are looked for on loopback; then
+    private addresses fall through to be refused."""
     yield from at.exempt()
+    if isinstance(at, FromInterface):
+        port = "iifname . tcp dport map @proxies"
+        yield _rule(
+            "P5 Tor's proxies, for links that asked for them",
+            f"{at.caught}ip daddr 127.0.0.1 meta l4proto tcp dnat ip to {policy.gateway}:{port}",
+        )
     families = (
         ("ipv4", "ip", policy.dns4, policy.trans4, policy.automap4, PRIVATE4),
         ("ipv6", "ip6", policy.dns6, policy.trans6, policy.automap6, PRIVATE6),
@@ -240,6 +295,11 @@ def _sets() -> str:
         " set sources6 { type ifname . ipv6_addr; }\n"
         " map identities4 { type ipv4_addr : ipv4_addr; }\n"
         " map identities6 { type ipv6_addr : ipv6_addr; }\n"
+        # which listener a link's TCP and DNS go to: "*" is every link that has no element
+        f" map trans {{ type ifname : inet_service; elements = {{ * : {TRANS_PORT} }}; }}\n"
+        f" map dns {{ type ifname : inet_service; elements = {{ * : {DNS_PORT} }}; }}\n"
+        " map proxies { type ifname . inet_service : inet_service; }\n"
+        " set connections { type ifname; }\n"
     )
 
 
@@ -253,7 +313,27 @@ def _sources(at: FromInterface) -> Iterator[str]:
     yield _rule("P5 no spoofing, no link-local", f"{at.caught}drop")
 
 
-def _identities() -> Iterator[str]:
+def _identities(policy: Policy) -> Iterator[str]:
+    """Whom Tor sees. A chain of kind nat is asked once for each connection, by its first packet.
+
+    For an identity of its own that packet is given the next number in the place of its source
+    address, and conntrack the address that it has then: ``snat to numgen`` would take the number
+    in the byte order of the machine (nft 1.0.6). In IPv6 the number fits the last 32 bits only;
+    written there, it does not correct the checksum, which a veth's packets do not have yet. One
+    that has it fails, and is refused.
+    """
+    mine = "iifname @connections"
+    if policy.connections4 and policy.connections6:
+        first, count = int(policy.connections4[1]), policy.connections4.num_addresses - 2
+        yield _rule(
+            "P7 an identity for each connection, ipv4",
+            f"{mine} ip saddr set numgen inc mod {count} offset {first} snat ip to ip saddr",
+        )
+        prefix, number = policy.connections6[0], f"numgen inc mod {2**32 - 2} offset 1"
+        yield _rule(
+            "P7 an identity for each connection, ipv6",
+            f"{mine} ip6 saddr set {prefix} @nh,160,32 set {number} snat ip6 to ip6 saddr",
+        )
     yield _rule("P7 a renewed identity, ipv4", "snat ip to ip saddr map @identities4")
     yield _rule("P7 a renewed identity, ipv6", "snat ip6 to ip6 saddr map @identities6")
 

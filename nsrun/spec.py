@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from nsrun.errors import UsageError
 
@@ -43,6 +44,9 @@ class LabUplink:
     router6: str = ""
 
 
+Isolation = Literal["workload", "destination", "connection"]
+"""What shares no circuit with another of its kind (P7)."""
+
 UPLINKS = ("pasta", "slirp4netns", "veth")
 
 
@@ -73,7 +77,10 @@ class GatewaySpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One ``ttp run``. ``user`` is a name or a number; None means the one who calls."""
+    """One ``ttp run``. ``user`` is a name or a number; None means the one who calls.
+
+    ``socks`` asks for Tor's proxies on loopback.
+    """
 
     command: tuple[str, ...]
     gateway: str = "default"
@@ -82,6 +89,8 @@ class RunSpec:
     ipv6: bool = True
     bootstrap_timeout: float = 180.0
     verbose: bool = False
+    isolate: Isolation = "workload"
+    socks: bool = False
 
     def __post_init__(self) -> None:
         check_name("gateway", self.gateway)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nsrun.address import AddressBlock
 from nsrun.errors import UsageError
-from nsrun.ruleset import DNS_PORT, TRANS_PORT
+from nsrun.ruleset import (
+    DNS_PORT,
+    DNS_PORT_BY_DESTINATION,
+    HTTP_PORT,
+    HTTP_PORT_BY_DESTINATION,
+    SOCKS_PORT,
+    SOCKS_PORT_BY_DESTINATION,
+    TRANS_PORT,
+    TRANS_PORT_BY_DESTINATION,
+)
+
+_BY_DESTINATION = " IsolateDestAddr IsolateDestPort"
 
 
 @dataclass(frozen=True)
@@ -27,18 +39,21 @@ def render(config: TorConfig) -> str:
     Listeners are fixed and bound to the exact link address: Tor answers DNS from the address it
     listens on, and a later change of listeners by SETCONF can fail half way. One SessionGroup for
     all of them, so that a name and the connection to it share a circuit; circuits are isolated
-    by client address, which is Tor's default.
+    by client address, which is Tor's default, and by what a program tells a proxy as user and
+    password, which is too. The ruleset leads each link to the listeners that it may have.
     """
     block = config.block
+    gateway = block.gateway
     lines = [
         f"DataDirectory {_quoted(config.data)}",
         f"ControlSocket {_quoted(config.control)}",
         "CookieAuthentication 1",
         f"__OwningControllerProcess {config.owner}",
         "ClientOnly 1",
-        "SocksPort 0",
-        *(f"TransPort {at}:{TRANS_PORT} SessionGroup=1" for at in _hosts(block)),
-        *(f"DNSPort {at}:{DNS_PORT} SessionGroup=1" for at in _hosts(block)),
+        *_listeners("TransPort", _hosts(block), TRANS_PORT, TRANS_PORT_BY_DESTINATION),
+        *_listeners("DNSPort", _hosts(block), DNS_PORT, DNS_PORT_BY_DESTINATION),
+        *_listeners("SocksPort", (gateway,), SOCKS_PORT, SOCKS_PORT_BY_DESTINATION),
+        *_listeners("HTTPTunnelPort", (gateway,), HTTP_PORT, HTTP_PORT_BY_DESTINATION),
         "AutomapHostsOnResolve 1",
         "AutomapHostsSuffixes .onion",
         f"VirtualAddrNetworkIPv4 {block.automap}",
@@ -54,9 +69,9 @@ def render(config: TorConfig) -> str:
 
 # An option belongs here if a fragment could break a promise with it; the reason is shown.
 REFUSED = {
-    "SocksPort": "P5: a listener that no workload is isolated on",
+    "SocksPort": "P5: it is set by the gateway",
     "SOCKSListenAddress": "P5: a listener that no workload is isolated on",
-    "HTTPTunnelPort": "P5: a listener that no workload is isolated on",
+    "HTTPTunnelPort": "P5: it is set by the gateway",
     "NATDPort": "P5: a listener that no workload is isolated on",
     "NATDListenAddress": "P5: a listener that no workload is isolated on",
     "TransPort": "P1: it is set by the gateway",
@@ -126,6 +141,15 @@ def check_fragment(text: str, source: str) -> str:
                 "remove that line",
             )
     return text
+
+
+def _listeners(option: str, hosts: Iterable[object], port: int, by_destination: int) -> list[str]:
+    """One listener with Tor's own isolation, one with more of it, on each of ``hosts``."""
+    return [
+        f"{option} {host}:{number} SessionGroup=1{flags}"
+        for number, flags in ((port, ""), (by_destination, _BY_DESTINATION))
+        for host in hosts
+    ]
 
 
 def _hosts(block: AddressBlock) -> tuple[str, str]:

@@ -8,8 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from nsrun.errors import UsageError
+from nsrun.ruleset import SOCKS_AT
 from nsrun.spec import Caller, RunSpec
 
+# curl and others read the lower case; with "h" the proxy looks names up, .onion ones too. Not
+# HTTP_PROXY: Tor's HTTP proxy knows only CONNECT, and many who read that variable know no SOCKS.
+PROXY_VARIABLES, PROXY = ("ALL_PROXY", "all_proxy"), f"socks5h://127.0.0.1:{SOCKS_AT}"
 MAXIMUM = 2**32 - 2  # of a uid; the last one means "none"
 
 
@@ -28,8 +32,9 @@ def resolve(spec: RunSpec, asked: dict[str, Any], nested: bool) -> tuple[Caller,
         own=tuple(asked["own"]),
     )
     wanted = spec.user if spec.user is not None else asked["sudo_uid"]
+    environment = dict.fromkeys(PROXY_VARIABLES, PROXY) if spec.socks else {}
     if wanted == -1:
-        return caller, {}
+        return caller, environment
     if nested or caller.uid != 0:
         raise UsageError(f"run as the user {wanted}", "only root can", "use sudo")
     try:
@@ -55,4 +60,5 @@ def resolve(spec: RunSpec, asked: dict[str, Any], nested: bool) -> tuple[Caller,
         runtime_dir=f"/run/user/{user.pw_uid}",
         switched=True,
     )
-    return caller, {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
+    environment |= {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
+    return caller, environment

@@ -1,7 +1,8 @@
-"""Which identity used which circuits, by STREAM events of a gateway's Tor (control-spec 4.1.2).
+"""Who used which circuit to go where, by STREAM events of a gateway's Tor (control-spec 4.1.2).
 
-circuits.py CONTROL_SOCKET     prints "ready"; at the end of standard input one JSON object:
-                               identity -> circuits, a pair joined by Conflux counting as one
+circuits.py CONTROL_SOCKET     prints "ready"; at the end of standard input one JSON list of
+                               [identity, target, circuit], without repetition; a pair of circuits
+                               joined by Conflux counts as one
 """
 
 from __future__ import annotations
@@ -9,21 +10,20 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections import defaultdict
 from typing import Any
 
 from stem.control import Controller, EventType
 
 
 def main(path: str) -> None:
-    sources: dict[str, str] = {}
-    used: defaultdict[str, set[str]] = defaultdict(set)
+    asked: dict[str, tuple[str, str]] = {}  # by stream, as it was new: a lookup's target changes
+    used: set[tuple[str, str, str]] = set()
 
     def on_stream(event: Any) -> None:
         if event.source_addr:
-            sources[event.id] = event.source_addr.rpartition(":")[0]
-        if event.circ_id not in (None, "0") and event.id in sources:
-            used[sources[event.id]].add(event.circ_id)
+            asked[event.id] = (event.source_addr.rpartition(":")[0], event.target)
+        if event.circ_id not in (None, "0") and event.id in asked:
+            used.add((*asked[event.id], event.circ_id))
 
     with Controller.from_socket_file(path) as controller:
         controller.authenticate()
@@ -36,7 +36,7 @@ def main(path: str) -> None:
         for line in status.splitlines()
         if (match := re.search(r"CONFLUX_ID=(\S+)", line))
     }
-    print(json.dumps({who: sorted({joined.get(c, c) for c in one}) for who, one in used.items()}))
+    print(json.dumps(sorted({(who, where, joined.get(c, c)) for who, where, c in used})))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ and hears every frame on its wire.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import socket
@@ -19,7 +20,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
@@ -28,7 +29,17 @@ from nsrun.apply import Machine
 from nsrun.gateway.workloads import Live, Workloads
 from nsrun.netns import Namespace
 from nsrun.plan import LINK_MAC
-from nsrun.ruleset import DNS_PORT, TRANS_PORT
+from nsrun.ruleset import (
+    DNS_PORT,
+    DNS_PORT_BY_DESTINATION,
+    HTTP_PORT,
+    HTTP_PORT_BY_DESTINATION,
+    SOCKS_PORT,
+    SOCKS_PORT_BY_DESTINATION,
+    TRANS_PORT,
+    TRANS_PORT_BY_DESTINATION,
+)
+from nsrun.spec import RunSpec
 from nsrun.steps import Ip, LoadRules, SetSysctl
 
 BLOCK = BLOCKS[0]
@@ -102,7 +113,13 @@ class Town:
     world: Actor
     machine: Machine
     workloads: Workloads
+    stack: ExitStack
     heard: list[tuple[str, str, int]] = field(default_factory=list)
+    ports: list[int] = field(default_factory=list)
+
+    def arrive(self, spec: RunSpec) -> Actor:
+        """One more workload, with the options of ``spec``."""
+        return arrive(self.workloads, self.stack, spec)
 
     @contextmanager
     def world_hears(self) -> Iterator[list[bytes]]:
@@ -124,6 +141,15 @@ class Town:
         self.machine.do(LoadRules("gateway", "flush ruleset\n"))
         for key in ("ipv4.ip_forward", "ipv6.conf.all.forwarding"):
             self.machine.do(SetSysctl("gateway", f"net.{key}", "1"))
+
+
+def arrive(workloads: Workloads, stack: ExitStack, spec: RunSpec) -> Actor:
+    """A workload as the supervisor gives it out; in it until ``stack`` is closed."""
+    live, fd = asyncio.run(workloads.give(spec, os.getpid()))
+    space = Namespace(f"/proc/self/fd/{fd}")
+    os.close(fd)
+    stack.callback(space.close)
+    return Actor(live.name, space, live)
 
 
 def _family(host: str) -> socket.AddressFamily:
@@ -179,12 +205,23 @@ class Uplink:
 
 
 class TorStandIn:
-    """Accepts like TransPort and answers like DNSPort; keeps (who, where to, port) of each."""
+    """Accepts like TransPort and the proxies, and answers like DNSPort.
 
-    def __init__(self, gateway: Namespace, heard: list[tuple[str, str, int]]) -> None:
-        self.heard, self._sockets = heard, []
+    Of each it keeps in ``heard`` (who, where to, port), and in ``ports`` which listener it was.
+    """
+
+    def __init__(
+        self, gateway: Namespace, heard: list[tuple[str, str, int]], ports: list[int]
+    ) -> None:
+        self.heard, self.ports, self._sockets = heard, ports, []
+        streams = (TRANS_PORT, TRANS_PORT_BY_DESTINATION)
+        proxies = (SOCKS_PORT, SOCKS_PORT_BY_DESTINATION, HTTP_PORT, HTTP_PORT_BY_DESTINATION)
+        kinds = {
+            **dict.fromkeys((*streams, *proxies), socket.SOCK_STREAM),
+            **dict.fromkeys((DNS_PORT, DNS_PORT_BY_DESTINATION), socket.SOCK_DGRAM),
+        }
         for host, family in ((GATEWAY4, socket.AF_INET), (GATEWAY6, socket.AF_INET6)):
-            for port, kind in ((TRANS_PORT, socket.SOCK_STREAM), (DNS_PORT, socket.SOCK_DGRAM)):
+            for port, kind in kinds.items():
                 listener = gateway.call(socket.socket, family, kind)
                 listener.bind((host, port))
                 if kind == socket.SOCK_STREAM:
@@ -205,6 +242,7 @@ class TorStandIn:
             for ready in select.select([self._wake, *self._sockets], [], [])[0]:
                 if ready is self._wake:
                     return
+                self.ports.append(ready.getsockname()[1])
                 if ready.type == socket.SOCK_STREAM:
                     connection, peer = ready.accept()
                     with connection:

@@ -15,7 +15,8 @@ from typer.exceptions import TyperException
 from nsrun import client
 from nsrun.cli import settings
 from nsrun.errors import NsrunError, UsageError
-from nsrun.spec import RunSpec
+from nsrun.ruleset import HTTP_AT, SOCKS_AT
+from nsrun.spec import Isolation, RunSpec
 from nsrun.user import resolve
 
 CONTEXT = {"allow_interspersed_args": False}
@@ -36,6 +37,17 @@ Timeout = Annotated[
     float,
     typer.Option("--bootstrap-timeout", min=0, help="Seconds to wait until Tor is ready."),
 ]
+Isolate = Annotated[
+    Isolation, typer.Option("--isolate", help="What shares no circuit with another of its kind.")
+]
+Socks = Annotated[
+    bool,
+    typer.Option(
+        "--socks",
+        help=f"Tor's SOCKS proxy at 127.0.0.1:{SOCKS_AT}, and in ALL_PROXY; "
+        f"HTTP CONNECT at 127.0.0.1:{HTTP_AT}.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every effect, as it happens.")]
 
 
@@ -47,9 +59,21 @@ def request(
     no_ipv6: NoIpv6 = False,
     bootstrap_timeout: Timeout = 180.0,
     verbose: Verbose = False,
+    isolate: Isolate = "workload",
+    socks: Socks = False,
 ) -> RunSpec:
     """The options of every command that runs something: what the command line says, as a value."""
-    return RunSpec(tuple(command), gateway, name, user, not no_ipv6, bootstrap_timeout, verbose)
+    return RunSpec(
+        tuple(command),
+        gateway,
+        name,
+        user,
+        not no_ipv6,
+        bootstrap_timeout,
+        verbose,
+        isolate=isolate,
+        socks=socks,
+    )
 
 
 def _check(**option: Any) -> None:
@@ -113,7 +137,7 @@ def plan(spec: RunSpec) -> None:
     rootless = os.geteuid() != 0
     caller, environment = resolve(spec, client.caller(), rootless)
     gateway = on_demand(spec.gateway, settings.here())
-    made = make_plan(gateway, facts.probe(), caller, rootless)
+    made = make_plan(gateway, facts.probe(), caller, rootless, spec)
     print("# the gateway, by its supervisor, once")
     for step in made.gateway:
         print(step.describe())

@@ -157,7 +157,7 @@ class Requests:
         others = [live.pid for live in gateway.workloads.live.values()]
         warning = outside.warning(spec.command, uid, others)
         await self._bootstrapped(client, spec.bootstrap_timeout)
-        live, fd = await gateway.workloads.give(spec.name, client.pid, spec.command, spec.ipv6)
+        live, fd = await gateway.workloads.give(spec, client.pid)
         log.info("workload %s: pid %d, %s", live.name, client.pid, " ".join(spec.command))
         descriptors = {"network": fd}
         if nested:

@@ -19,8 +19,9 @@ from nsrun import netlink, ruleset
 from nsrun.apply import Machine, apply
 from nsrun.errors import NsrunError
 from nsrun.netns import Namespace
-from nsrun.plan import Workload, workload_steps
-from nsrun.steps import DropElements, SetElements, SetSysctl
+from nsrun.plan import Workload, option_steps, workload_steps
+from nsrun.spec import Isolation, RunSpec
+from nsrun.steps import DropElements, SetElements
 
 READY = 3  # made ahead: as many as a shell pipeline of torified commands has
 
@@ -37,11 +38,20 @@ class Live:
     pid: int = 0
     command: tuple[str, ...] = ()
     since: float = 0.0
+    isolate: Isolation = "workload"
+    socks: bool = False
     identity: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
-        """For ``ttp ps --json``. ``since`` is in seconds of the epoch."""
+        """For ``ttp ps --json``. ``since`` is in seconds of the epoch.
+
+        ``identity`` is what Tor sees: addresses, or the ranges that each connection has one of.
+        """
         addresses = (self.workload.address4, self.workload.address6)
+        identity = [self.identity.get(address, address) for address in addresses]
+        if self.isolate == "connection":
+            block = self.workload.block
+            identity = [str(block.connections), str(block.connections6)]
         return {
             "name": self.name,
             "pid": self.pid,
@@ -49,7 +59,9 @@ class Live:
             "since": self.since,
             "link": self.workload.link,
             "address": list(addresses),
-            "identity": [self.identity.get(address, address) for address in addresses],
+            "identity": identity,
+            "isolate": self.isolate,
+            "socks": self.socks,
         }
 
 
@@ -68,15 +80,13 @@ class Workloads:
         while len(self._ready) < READY:
             self._ready.append(await self._make())
 
-    async def give(
-        self, name: str | None, pid: int, command: tuple[str, ...], ipv6: bool
-    ) -> tuple[Live, int]:
+    async def give(self, spec: RunSpec, pid: int) -> tuple[Live, int]:
         """A workload and a descriptor of its namespace, which the caller must close.
 
         Raises NsrunError when the name is taken.
         """
         self.given += 1
-        name = name or f"{Path(command[0]).name[:20]}-{self.given}"
+        name = spec.name or f"{Path(spec.command[0]).name[:20]}-{self.given}"
         live = self._ready.pop(0) if self._ready else await self._make()
         if any(other.name == name for other in self.live.values()):
             self._ready.append(live)
@@ -85,9 +95,17 @@ class Workloads:
                 "another one of this gateway has that name",
                 "choose another, or leave --name out; ttp ps lists them",
             )
-        if not ipv6:
-            live.machine.do(SetSysctl("workload", "net.ipv6.conf.all.disable_ipv6", "1"))
-        live.name, live.pid, live.command, live.since = name, pid, command, time.time()
+        effects: list[str] = []
+        live.machine.echo = effects.append
+        try:
+            live.undo.enter_context(apply(option_steps(live.workload, spec), live.machine.do))
+        except NsrunError:
+            live.undo.close()
+            raise
+        live.machine.echo = lambda _: None
+        live.effects += tuple(effects)
+        live.isolate, live.socks = spec.isolate, spec.socks
+        live.name, live.pid, live.command, live.since = name, pid, spec.command, time.time()
         namespace = live.machine.namespaces.pop("workload")
         fd = os.dup(namespace.fd)
         # from here on only the descriptor, and the command, keep it alive; the client goes first
@@ -117,6 +135,8 @@ class Workloads:
     def refresh(self, name: str) -> Live:
         """Give the workload ``name`` a new identity, alone (P7). Raises NsrunError if unknown."""
         live = self.named(name)
+        if live.isolate == "connection":
+            return live  # each of its connections is somebody new already
         self._identities += 1
         fresh = self._block.identity(self._identities)
         for address, identity in zip(

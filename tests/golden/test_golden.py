@@ -15,7 +15,7 @@ from nsrun import ruleset
 from nsrun.address import BLOCKS
 from nsrun.plan import Facts, make_plan
 from nsrun.ruleset import FromInterface, OwnOutput
-from nsrun.spec import Caller, GatewaySpec, LabUplink
+from nsrun.spec import Caller, GatewaySpec, LabUplink, RunSpec
 
 Golden = Callable[[str, str], None]
 
@@ -49,15 +49,19 @@ USERS = GatewaySpec(
 LAB = LabUplink(
     "/run/netns/router", "lan0", "192.168.77.50/24", "192.168.77.1", "fd00::50/64", "fd00::1"
 )
+PLAIN = RunSpec(("true",))
 PLANS = {
-    "root": make_plan(GATEWAY, FACTS, ROOT, nested=False),
-    "sudo": make_plan(GATEWAY, FACTS, SUDO, nested=False),
-    "rootless": make_plan(USERS, replace(FACTS, tor_uid=0, tor_gid=0), USER, nested=True),
+    "root": make_plan(GATEWAY, FACTS, ROOT, nested=False, spec=PLAIN),
+    "sudo": make_plan(GATEWAY, FACTS, SUDO, nested=False, spec=PLAIN),
+    "rootless": make_plan(
+        USERS, replace(FACTS, tor_uid=0, tor_gid=0), USER, nested=True, spec=PLAIN
+    ),
     "lab": make_plan(
         replace(USERS, name="lab", uplinks=(LAB,), torrc="ExitNodes lab1\n"),
         replace(FACTS, tor_uid=0, tor_gid=0, networks=("10.66.0.1/16",)),
         USER,
         nested=True,
+        spec=RunSpec(("true",), isolate="destination", socks=True, ipv6=False),
     ),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,24 +10,24 @@ import pytest
 
 from nsrun.apply import Machine, apply
 from nsrun.gateway.workloads import Workloads
-from nsrun.netns import Namespace
 from nsrun.plan import Facts, Workload, gateway_steps
-from nsrun.spec import GatewaySpec
+from nsrun.spec import GatewaySpec, RunSpec
 from nsrun.steps import MakeNamespace
-from town import BLOCK, Actor, TorStandIn, Town, Uplink
+from town import BLOCK, Actor, TorStandIn, Town, Uplink, arrive
 
 
 @pytest.fixture
 def town(tmp_path: os.PathLike[str]) -> Iterator[Town]:
     facts = Facts(os.getpid(), 0, 0, (), True, "", "x86_64")
     spec = GatewaySpec("g", f"{tmp_path}/r/gateways/g", f"{tmp_path}/s/gateways/g")
+    heard: list[tuple[str, str, int]] = []
+    ports: list[int] = []
     machine = Machine(
         starters={
             "uplink": lambda _: Uplink(machine),
-            "tor": lambda _: TorStandIn(machine.namespaces["gateway"], heard),
+            "tor": lambda _: TorStandIn(machine.namespaces["gateway"], heard, ports),
         }
     )
-    heard: list[tuple[str, str, int]] = []
     with ExitStack() as stack:
         machine.do(MakeNamespace("world"))
         stack.callback(machine.namespaces["world"].close)
@@ -36,13 +35,6 @@ def town(tmp_path: os.PathLike[str]) -> Iterator[Town]:
         gateway = Actor("gateway", machine.namespaces["gateway"])
         workloads = Workloads(gateway.space, Workload(BLOCK, 2))
         stack.callback(workloads.close)
-        actors = []
-        for name in ("app", "bob"):
-            live, fd = asyncio.run(workloads.give(name, os.getpid(), ("true",), ipv6=True))
-            space = Namespace(f"/proc/self/fd/{fd}")
-            os.close(fd)
-            stack.callback(space.close)
-            actors.append(Actor(name, space, live))
+        app, bob = (arrive(workloads, stack, RunSpec(("true",), name=n)) for n in ("app", "bob"))
         world = Actor("world", machine.namespaces["world"])
-        app, bob = actors
-        yield Town(app, bob, gateway, world, machine, workloads, heard)
+        yield Town(app, bob, gateway, world, machine, workloads, stack, heard, ports)

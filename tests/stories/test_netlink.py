@@ -20,7 +20,8 @@ from nsrun.address import BLOCKS
 from nsrun.apply import Machine
 from nsrun.errors import NsrunError
 from nsrun.gateway.workloads import Workloads, gone_links, link_monitor
-from nsrun.plan import LINK_MAC, Workload, workload_steps
+from nsrun.plan import LINK_MAC, Workload, option_steps, workload_steps
+from nsrun.spec import RunSpec
 from nsrun.steps import DropElements, Ip, LoadRules, MakeNamespace, SetElements
 from town import eventually
 
@@ -117,6 +118,8 @@ def test_a_workload_is_the_same_as_by_ip_and_nft(ours: Pair, theirs: Pair) -> No
     steps = [
         LoadRules("gateway", TABLE),
         *workload_steps(workload)[1:],
+        *option_steps(workload, RunSpec(("true",), isolate="destination", socks=True)),
+        *option_steps(workload, RunSpec(("true",), isolate="connection")),
         *(SetElements("gateway", text, "") for text in renewed),
         *(Ip(where, lines) for where, lines in LINES.items()),
     ]
@@ -188,7 +191,7 @@ def test_ends_of_more_links_than_can_be_told_are_looked_for(ours: Pair) -> None:
     gateway = ours.machine.namespaces["gateway"]
     ours.machine.do(LoadRules("gateway", TABLE))
     workloads = Workloads(gateway, Workload(BLOCK, 2))
-    live, fd = asyncio.run(workloads.give("app", os.getpid(), ("true",), ipv6=True))
+    live, fd = asyncio.run(workloads.give(RunSpec(("true",)), os.getpid()))
     with link_monitor(gateway) as monitor:
         monitor.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         for _ in range(10):
