@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -72,13 +73,13 @@ class Machine:
                 self.namespaces[where].call(_write_sysctl, key, value)
             case Ip(where, commands):
                 known = {f"@{name}": space.fd for name, space in self.namespaces.items()}
-                self.namespaces[where].call(netlink.ip, commands, known)
+                self.namespaces[where].tell(netlink.NETLINK_ROUTE, netlink.ip, commands, known)
             case LoadRules(where, text):
                 self._load(step, where, text)
             case SetElements(where, text):
-                self.namespaces[where].call(netlink.elements, text)
+                self.namespaces[where].tell(netlink.NETLINK_NETFILTER, netlink.elements, text)
             case DropElements(where, text):
-                self.namespaces[where].call(_drop_elements, text)
+                self.namespaces[where].tell(netlink.NETLINK_NETFILTER, _drop_elements, text)
             case MakeDirectory(path, mode, uid, gid):
                 Path(path).mkdir(parents=True, exist_ok=True)
                 os.chown(path, uid, gid)
@@ -140,10 +141,10 @@ def apply(steps: Iterable[Step], do: Callable[[Step], None]) -> ExitStack:
         return back.pop_all()
 
 
-def _drop_elements(text: str) -> None:
+def _drop_elements(kernel: socket.socket, text: str) -> None:
     for line in text.splitlines():
         with suppress(FileNotFoundError):  # absence is success
-            netlink.elements(line)
+            netlink.elements(kernel, line)
 
 
 def _write_sysctl(key: str, value: str) -> None:

@@ -2,7 +2,6 @@
 
 The steps of a plan are lines of ip(8) and nft(8). Those that make a workload go to the kernel from
 here, in a tenth of the time that five programs take. Only the words that plans use are known.
-Functions work on the network namespace of the calling thread.
 
 Sources: rtnetlink(7), linux/if_link.h, linux/fib_rules.h, linux/netfilter/nf_tables.h.
 """
@@ -44,29 +43,38 @@ ELEM, ELEM_KEY, ELEM_DATA, DATA_VALUE = 1, 1, 2, 1
 Message = tuple[int, int, bytes]  # type, flags, and what follows the header
 
 
-def ip(commands: Iterable[str], namespaces: Mapping[str, int]) -> None:
+def connect(protocol: int) -> socket.socket:
+    """A socket to the kernel's routing or netfilter, in the present network namespace for good.
+
+    Keep that of netfilter: its end waits until what was deleted is freed, 10 ms.
+    """
+    kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):  # no echo of the request, but a reason
+        kernel.setsockopt(SOL_NETLINK, option, 1)
+    return kernel
+
+
+def ip(kernel: socket.socket, commands: Iterable[str], namespaces: Mapping[str, int]) -> None:
     """Carry out lines of ``ip -batch``; ``@name`` is one of ``namespaces``, by its descriptor.
 
-    Raises OSError with the line that failed and the kernel's words, ValueError for a line that is
-    not understood.
+    Must be called in the socket's namespace. Raises OSError with the line that failed and the
+    kernel's words, ValueError for a line that is not understood.
     """
-    with _kernel(NETLINK_ROUTE) as kernel:
-        for command in commands:
-            try:
-                _send(kernel, [_ip(command.split(), namespaces)])
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, f"ip {command}") from error
+    for command in commands:
+        try:
+            _send(kernel, [_ip(command.split(), namespaces)])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"ip {command}") from error
 
 
-def elements(text: str) -> None:
+def elements(kernel: socket.socket, text: str) -> None:
     """Add and delete elements of sets and maps: lines of nft(8), all of them or none.
 
     Raises OSError with the kernel's words, ValueError for a line that is not understood.
     """
     edge = struct.pack("=BxH", 0, socket.htons(NFT_SUBSYSTEM))
     batch = [_element(line) for line in text.splitlines()]
-    with _kernel(NETLINK_NETFILTER) as kernel:
-        _send(kernel, [(NFT_BATCH_BEGIN, 0, edge), *batch, (NFT_BATCH_END, 0, edge)])
+    _send(kernel, [(NFT_BATCH_BEGIN, 0, edge), *batch, (NFT_BATCH_END, 0, edge)])
 
 
 def gone_links(data: bytes) -> list[str]:
@@ -230,13 +238,6 @@ def _packed(word: str) -> bytes:
 
 
 # -- messages ------------------------------------------------------------------------------------
-
-
-def _kernel(protocol: int) -> socket.socket:
-    made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
-    for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):  # no echo of the request, but a reason
-        made.setsockopt(SOL_NETLINK, option, 1)
-    return made
 
 
 def _send(kernel: socket.socket, messages: list[Message]) -> None:

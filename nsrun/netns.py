@@ -7,11 +7,12 @@ that refers to them, so after ``kill -9`` the kernel cleans up.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from nsrun import linux
+from nsrun import linux, netlink
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,6 +28,7 @@ class Namespace:
     def __init__(self, path: str | None = None) -> None:
         """Make a new namespace, or open the one at ``path``. Raises OSError."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netns")
+        self._sockets: dict[int, socket.socket] = {}
         try:
             self.fd = self._thread.submit(_join, path).result()
         except BaseException:
@@ -42,10 +44,22 @@ class Namespace:
         """Run ``function`` inside the namespace and return its result, or raise what it raised."""
         return self._thread.submit(function, *args, **kwargs).result()
 
+    def tell(self, protocol: int, function: Callable[..., None], *args: object) -> None:
+        """Run ``function`` inside the namespace, with a socket of netlink, which is kept, first."""
+
+        def tell() -> None:
+            if protocol not in self._sockets:
+                self._sockets[protocol] = netlink.connect(protocol)
+            function(self._sockets[protocol], *args)
+
+        self.call(tell)
+
     def close(self) -> None:
         """End the thread and let go of the namespace; it lives on while others are in it."""
         if self.fd >= 0:
             self._thread.shutdown()
+            for kernel in self._sockets.values():
+                kernel.close()
             os.close(self.fd)
             self.fd = -1
 
