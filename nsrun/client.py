@@ -15,7 +15,7 @@ import _socket
 import os
 import sys
 
-from nsrun import __version__, enter, paths
+from nsrun import __version__, paths
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 6 ms
@@ -64,7 +64,7 @@ def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoRe
     and RefusedError when it refuses. After that there is no way back: an error ends the process
     with 125, 126 or 127.
     """
-    answer, descriptors = ask(
+    server = send(
         f"{paths.gateway(gateway)}/api",
         {
             "do": "run",
@@ -74,6 +74,9 @@ def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoRe
             "caller": caller(),
         },
     )
+    from nsrun import enter  # now: it takes a millisecond, and so does the supervisor
+
+    answer, descriptors = receive(server)
     if warning := answer["warning"]:
         _complain("ttp: {}\nhint: {}\n".format(*warning))
     verbose = answer["verbose"]
@@ -95,15 +98,29 @@ def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoRe
 def ask(path: str, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
     """Send one request to a supervisor; wait for its answer and the descriptors that go with it.
 
+    Raises NotHereError or RefusedError.
+    """
+    return receive(send(path, request))
+
+
+def send(path: str, request: dict[str, Any]) -> _socket.socket:
+    """Send one request to a supervisor. Raises NotHereError or RefusedError."""
+    server = connect(path)
+    try:
+        server.sendall((_encode(request) + "\n").encode())
+    except ConnectionError:
+        server.close()
+        raise NotHereError from None
+    return server
+
+
+def receive(server: _socket.socket) -> tuple[dict[str, Any], dict[str, int]]:
+    """The answer to a request, and the descriptors that go with it.
+
     Raises NotHereError or RefusedError. Progress on the way is shown on a terminal.
     """
-    server, answered = connect(path), False
+    received, fds, answered = b"", [], False
     try:
-        try:
-            server.sendall((_encode(request) + "\n").encode())
-        except ConnectionError:
-            raise NotHereError from None
-        received, fds = b"", []
         while True:
             try:
                 data, ancillary, _, _ = server.recvmsg(65536, _socket.CMSG_SPACE(32), _CLOEXEC)

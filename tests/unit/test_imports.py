@@ -123,8 +123,9 @@ def test_only_the_cli_prints(module: str) -> None:
 
 
 def test_the_hot_path_stays_light() -> None:
-    """``import nsrun.client`` without site loads none of the slow modules."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import nsrun.client; print(*sys.modules)"
+    """What ``ttp run`` imports, without site, loads none of the slow modules."""
+    imports = "import nsrun.client, nsrun.enter"
+    code = f"import sys; sys.path.insert(0, sys.argv[1]); {imports}; print(*sys.modules)"
     command = [sys.executable, "-IS", "-c", code, str(ROOT)]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     modules = set(loaded.stdout.split())
