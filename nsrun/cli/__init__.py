@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from nsrun import __version__, enter
-from nsrun.cli import config, gateway, lab, run
+from nsrun.cli import config, gateway, lab, run, workload
 from nsrun.errors import ExitCode, NsrunError, UsageError
 
 app = typer.Typer(
@@ -26,8 +26,8 @@ app.add_typer(lab.app, name="lab")
 app.add_typer(config.app, name="config")
 app.command("run", cls=run.CLASS, context_settings=run.CONTEXT)(run.run)
 app.command("plan", cls=run.CLASS, context_settings=run.CONTEXT)(run.plan)
-app.command("ps")(gateway.ps)
-app.command("refresh")(gateway.refresh)
+for command in (workload.ps, workload.inspect, workload.kill, workload.refresh):
+    app.command()(command)
 
 
 def _version(value: bool) -> None:

@@ -1,10 +1,8 @@
-"""``ttp gateway``, and the commands about a gateway's workloads."""
+"""``ttp gateway``: up and down, and what runs."""
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from nsrun import client, paths
-from nsrun.cli import settings
+from nsrun.cli import output, settings
 from nsrun.errors import UsageError
 from nsrun.spec import GatewaySpec, check_seconds
 from nsrun.torrc import check_fragment
@@ -22,9 +20,6 @@ app = typer.Typer(help="Gateways: where Tor runs.")
 
 Named = Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the gateway.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Gateway = Annotated[
-    str | None, typer.Option("--gateway", "-g", help="Only of this gateway; else of all.")
-]
 
 
 def describe(
@@ -116,6 +111,9 @@ def list_(as_json: Json = False) -> None:
     from nsrun.gateway import control
 
     found = control.inspect_all()
+    if as_json:
+        output.as_json(found)
+        return
     rows = [
         (
             gateway["name"],
@@ -125,7 +123,7 @@ def list_(as_json: Json = False) -> None:
         )
         for gateway in found
     ]
-    _show(found if as_json else None, ("NAME", "TOR", "UPLINK", "WORKLOADS"), rows)
+    output.table(("NAME", "TOR", "UPLINK", "WORKLOADS"), rows)
 
 
 @app.command()
@@ -149,48 +147,4 @@ def inspect(name: Named = "default") -> None:
     """Print all that is known of the gateway NAME, as JSON."""
     from nsrun.gateway import control
 
-    print(json.dumps(control.ask(name, {"do": "inspect"}), indent=2))
-
-
-def ps(gateway: Gateway = None, as_json: Json = False) -> None:
-    """List the workloads: name, process, identity (as Tor sees it), age and command."""
-    from nsrun.gateway import control
-
-    asked = [control.ask(gateway, {"do": "inspect"})] if gateway else control.inspect_all()
-    found = [{"gateway": one["name"], **workload} for one in asked for workload in one["workloads"]]
-    rows = [
-        (
-            workload["name"],
-            workload["gateway"],
-            str(workload["pid"]),
-            workload["identity"][0],
-            f"{time.time() - workload['since']:.0f} s",
-            " ".join(workload["command"])[:60],
-        )
-        for workload in found
-    ]
-    heads = ("NAME", "GATEWAY", "PID", "IDENTITY", "AGE", "COMMAND")
-    _show(found if as_json else None, heads, rows)
-
-
-def refresh(
-    name: Annotated[str, typer.Argument(help="Name of the workload, as ttp ps shows it.")],
-    gateway: Annotated[
-        str, typer.Option("--gateway", "-g", envvar="TTP_GATEWAY", help="Its gateway.")
-    ] = "default",
-) -> None:
-    """Give the workload NAME a new identity: new circuits from its next connection on."""
-    from nsrun.gateway import control
-
-    answer = control.ask(gateway, {"do": "refresh", "name": name})
-    print(f"{name}: {answer['identity'][0]}")
-
-
-def _show(found: object, heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    if found is not None:
-        print(json.dumps(found, indent=2))
-        return
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    for row in (heads, *rows):
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    output.as_json(control.ask(name, {"do": "inspect"}))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nsrun import client, paths
-from nsrun.errors import GatewayError
+from nsrun.errors import GatewayError, UsageError
 from nsrun.spec import GatewaySpec
 
 STOP = 15.0  # seconds that a supervisor may take to end
@@ -95,6 +95,36 @@ def inspect_all() -> list[dict[str, Any]]:
         with suppress(GatewayError):
             found.append(ask(name, {"do": "inspect"}))
     return found
+
+
+def workloads(gateway: str | None) -> list[dict[str, Any]]:
+    """The workloads of a gateway, or of all of this user's, each with its gateway's name.
+
+    Raises GatewayError if the gateway is not up.
+    """
+    found = []
+    for name in running() if gateway is None else [gateway]:
+        with suppress(*((GatewayError,) if gateway is None else ())):  # it ends meanwhile
+            found += [{"gateway": name, **one} for one in ask(name, {"do": "ps"})["workloads"]]
+    return found
+
+
+def workload(name: str, gateway: str | None) -> dict[str, Any]:
+    """The one workload of that name. Raises UsageError if there is none, or one in each of two."""
+    found = [one for one in workloads(gateway) if one["name"] == name]
+    if not found:
+        raise UsageError(f"find the workload {name}", "there is none", "ttp ps lists them")
+    if len(found) > 1:
+        cause = f"the gateways {' and '.join(one['gateway'] for one in found)} have one each"
+        raise UsageError(f"find the workload {name}", cause, "choose by --gateway")
+    return found[0]
+
+
+def lives(found: dict[str, Any]) -> bool:
+    """Whether what ``workload`` found still has a process."""
+    with suppress(GatewayError):
+        return any(one["link"] == found["link"] for one in workloads(found["gateway"]))
+    return False
 
 
 def running() -> list[str]:

@@ -132,6 +132,8 @@ class Requests:
                 answer = {}
             case {"do": "inspect"}:
                 answer = gateway.as_json()
+            case {"do": "ps"}:
+                answer = {"workloads": gateway.workloads.as_json()}
             case {"do": "refresh", "name": name}:
                 answer = gateway.workloads.refresh(name).as_json()
             case _:

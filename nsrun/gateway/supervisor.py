@@ -212,7 +212,7 @@ class Supervisor:
             },
             "address": [str(self.block.gateway), str(self.block.gateway6)],
             "rules": ruleset.outline(self._rules()),
-            "workloads": [live.as_json() for live in self.workloads.live.values()],
+            "workloads": self.workloads.as_json(),
             "idle": self.spec.idle,
         }
 

@@ -28,7 +28,10 @@ READY = 3  # made ahead: as many as a shell pipeline of torified commands has
 
 @dataclass
 class Live:
-    """A workload that exists in the kernel. ``pid`` is 0 until it is given out."""
+    """A workload that exists in the kernel. ``pid`` is 0 until it is given out.
+
+    ``network`` is the inode number of its network namespace.
+    """
 
     workload: Workload
     machine: Machine
@@ -36,6 +39,7 @@ class Live:
     effects: tuple[str, ...]
     name: str = ""
     pid: int = 0
+    network: int = 0
     command: tuple[str, ...] = ()
     since: float = 0.0
     isolate: Isolation = "workload"
@@ -58,6 +62,7 @@ class Live:
             "command": list(self.command),
             "since": self.since,
             "link": self.workload.link,
+            "network": self.network,
             "address": list(addresses),
             "identity": identity,
             "isolate": self.isolate,
@@ -108,6 +113,7 @@ class Workloads:
         live.name, live.pid, live.command, live.since = name, pid, spec.command, time.time()
         namespace = live.machine.namespaces.pop("workload")
         fd = os.dup(namespace.fd)
+        live.network = os.fstat(fd).st_ino
         # from here on only the descriptor, and the command, keep it alive; the client goes first
         asyncio.get_running_loop().call_soon(namespace.close)
         self.live[live.workload.link] = live
@@ -148,6 +154,9 @@ class Workloads:
             Machine({"gateway": self._gateway}).do(SetElements("gateway", text, inverse))
             live.identity[address] = new
         return live
+
+    def as_json(self) -> list[dict[str, object]]:
+        return [live.as_json() for live in self.live.values()]
 
     def named(self, name: str) -> Live:
         found = next((live for live in self.live.values() if live.name == name), None)

@@ -120,7 +120,7 @@ def test_a_bad_fragment_starts_nothing(lab: Lab, fragment: str, words: str) -> N
         (["gateway", "up", "../x"], "as the name of a gateway"),
         (["gateway", "up", "x", "--idle", "nan"], "--idle"),
         (["gateway", "up", "x", "--bootstrap-timeout", "inf"], "--bootstrap-timeout"),
-        (["refresh", "nobody-knows"], "it is not up"),
+        (["refresh", "nobody-knows"], "there is none"),
     ],
 )
 def test_bad_input_changes_nothing(lab: Lab, argv: list[str], words: str) -> None:
