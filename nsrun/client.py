@@ -235,7 +235,7 @@ def defaults() -> dict[str, Any]:
     return {"files": files, "environment": environment}
 
 
-_DOCTOR = "the command was not run; see docs/known-issues.md or run with -v"
+_DOCTOR = "the command was not run; ttp doctor tells what this machine lacks"
 _AGAIN = "run the same command again: it starts a new one"
 _CLOEXEC = 0x40000000  # MSG_CMSG_CLOEXEC
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ from nsrun.errors import MissingError
 from nsrun.plan import Facts
 
 PROGRAMS = {"tor": "tor", "nft": "nftables", "ip": "iproute2", "setpriv": "util-linux"}
+OLDEST_TOR = (0, 4, 7)  # of the older ones, none is maintained or still served by the network
 TOR_USERS = ("debian-tor", "tor", "_tor", "toranon")
 
 
@@ -23,8 +25,9 @@ def probe() -> Facts:
             raise MissingError(
                 "set up a gateway",
                 f"the program {program} is not installed",
-                f"install it, on Debian and Ubuntu: sudo apt-get install {package}",
+                f"sudo apt-get install {package} (on Debian and Ubuntu)",
             )
+    tor_version()
     uid, gid = _tor_user()
     links = json.loads(_output("ip", "-j", "address"))
     addresses = [
@@ -42,6 +45,22 @@ def probe() -> Facts:
         nsswitch=_text("/etc/nsswitch.conf"),
         machine=os.uname().machine,
     )
+
+
+def tor_version() -> str:
+    """What `tor --version` says. Raises MissingError when it is too old, or does not say."""
+    doing, install = "use tor", "sudo apt-get install tor, or a newer one from deb.torproject.org"
+    try:
+        said = _output("tor", "--version")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise MissingError(doing, f"it does not run: {error}", install) from error
+    found = re.search(r"Tor version (\d+\.\d+\.\d+)([\w.-]*)", said)
+    if found is None:
+        raise MissingError(doing, f"it does not say its version, but {said[:60]!r}", install)
+    if tuple(map(int, found[1].split("."))) < OLDEST_TOR:
+        oldest = ".".join(map(str, OLDEST_TOR))
+        raise MissingError(doing, f"its version is {found[1]}, and {oldest} is the oldest", install)
+    return (found[1] + found[2]).rstrip(".")
 
 
 def search_path() -> str:

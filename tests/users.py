@@ -30,3 +30,12 @@ def home_of(uid: int) -> Iterator[Path]:
 def prefix_of(uid: int, home: Path) -> list[str]:
     """The beginning of a command that runs the rest as ``uid``."""
     return [sys.executable, str(ROOT / "tests" / "harness.py"), str(uid), str(home)]
+
+
+def lacking(prefix: list[str], script: str) -> list[str]:
+    """The beginning of a command on a machine that lacks something: the shell ``script`` takes it
+    away, as root of user and mount namespaces of its own; the command is the user again.
+    """
+    own = ("unshare", "--user", "--map-current-user", "--keep-caps", "--mount")
+    without = "setpriv --inh-caps=-all --ambient-caps=-all"
+    return [*prefix, *own, "sh", "-ec", f'{script}; exec {without} "$@"', "sh"]

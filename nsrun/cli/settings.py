@@ -33,6 +33,8 @@ GATEWAY = "gateway"  # the section that may have a part for each name
 # They say which one is meant, and cannot be meant for all.
 ONCE = {"name", "help"}
 
+DIRECTORIES = {"TTP_RUNTIME_DIR", "TTP_STATE_DIR", "TTP_CONFIG"}  # see nsrun/paths.py
+
 DEFAULT = "default"
 
 
@@ -148,6 +150,11 @@ class Settings:
                 value = self._value(section, option, raw, option.envvar, "")
                 found[key] = Setting(value, str(option.envvar))
         return found
+
+    def unknown_variables(self) -> list[str]:
+        """Variables that begin as ours do and that nothing looks at: a typing error, perhaps."""
+        known = {option.envvar for one in self._commands for option in self._options(one).values()}
+        return sorted(self._environment.keys() - known - DIRECTORIES)
 
     def key(self, section: str, parameter: str) -> str:
         """What a parameter of a section is called in files."""

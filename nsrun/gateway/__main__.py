@@ -18,13 +18,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nsrun import linux, paths
+from nsrun import paths
 from nsrun.cli.run import parse
-from nsrun.errors import GatewayError, MissingError, NsrunError
+from nsrun.errors import GatewayError, NsrunError
 from nsrun.facts import search_path
 from nsrun.gateway.supervisor import Supervisor
 from nsrun.gateway.uplink_veth import sweep_veth
 from nsrun.spec import GatewaySpec, LabUplink
+from nsrun.userns import own_user_namespace
 
 
 class BusyError(GatewayError):
@@ -58,7 +59,7 @@ def main() -> int:
         if os.geteuid() == 0:
             sweep_veth()  # what a killed gateway left on the host
         else:
-            _own_user_namespace()
+            own_user_namespace()
         uplinks = [one if isinstance(one, str) else LabUplink(**one) for one in request["uplinks"]]
         spec = GatewaySpec(**{**request, "uplinks": tuple(uplinks)})
         asyncio.run(Supervisor(spec, parse, tell if detach else _print).run())
@@ -120,27 +121,6 @@ def _make_private(directory: str) -> None:
     except OSError as error:
         hint = f"make it yours alone: {error.filename}"
         raise GatewayError(f"use the directory {directory}", error.strerror, hint) from error
-
-
-def _own_user_namespace() -> None:
-    """Become root of a user namespace of our own: all power over what we make, none beyond."""
-    uid, gid = os.geteuid(), os.getegid()
-    try:
-        linux.unshare(linux.CLONE_NEWUSER)
-        linux.prctl(linux.PR_SET_DUMPABLE, 1)  # else /proc/self would be root's
-        for name, text in (
-            ("setgroups", "deny"),
-            ("uid_map", f"0 {uid} 1"),
-            ("gid_map", f"0 {gid} 1"),
-        ):
-            Path(f"/proc/self/{name}").write_text(text)
-    except OSError as error:
-        raise MissingError(
-            "make a user namespace",
-            error.strerror,
-            "allow it (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces, "
-            "kernel.apparmor_restrict_unprivileged_userns=0), or use sudo",
-        ) from error
 
 
 if __name__ == "__main__":

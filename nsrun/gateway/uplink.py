@@ -297,8 +297,8 @@ def _spawn(argv: Command, gateway: Namespace, log: str, doing: str) -> subproces
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C
                 preexec_fn=die_with_parent,
             )
-        except FileNotFoundError as error:
-            raise missing(argv[0], doing) from error
+        except OSError as error:
+            raise missing(argv[0], doing, error) from error
 
 
 def _wait(

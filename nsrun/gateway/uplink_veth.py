@@ -174,15 +174,17 @@ def egress(family: int) -> str | None:
 
 
 def sweep_veth() -> list[str]:
-    """Undo what veth uplinks left on the host when their gateway was killed; their tables' names.
-
-    The links go with the gateway; a table without its link is a leftover.
-    """
-    links = Path("/proc/thread-self/net/dev").read_text()
-    left = [t for t in _tables() if f"ttp-{t.removeprefix('ttp_')}:" not in links]
+    """Undo what veth uplinks of killed gateways left on the host; the names of their tables."""
+    left = left_tables()
     for table in left:
         close_host(table)
     return left
+
+
+def left_tables() -> list[str]:
+    """Tables of gateways that are gone: the links go with the gateway, the tables do not."""
+    links = Path("/proc/thread-self/net/dev").read_text()
+    return [t for t in _tables() if f"ttp-{t.removeprefix('ttp_')}:" not in links]
 
 
 def way_back(interface: str, families: tuple[int, ...]) -> list[str]:
@@ -271,13 +273,15 @@ def _finish(argv: Command, doing: str, stdin: str | None) -> subprocess.Complete
     try:
         environment = {**os.environ, "PATH": search_path()}  # a user's may lack nft
         return subprocess.run(argv, input=stdin, capture_output=True, text=True, env=environment)
-    except FileNotFoundError as error:
-        raise missing(argv[0], doing) from error
+    except OSError as error:
+        raise missing(argv[0], doing, error) from error
 
 
-def missing(program: str, doing: str) -> MissingError:
-    """The error for a program that is not installed."""
+def missing(program: str, doing: str, error: OSError) -> MissingError:
+    """The error for a program that is not installed, or cannot be executed."""
     hint = f"install it: apt install {PACKAGES.get(program, program)}"
+    if not isinstance(error, FileNotFoundError):
+        return MissingError(doing, f"{program} cannot be executed: {error.strerror}", hint)
     return MissingError(doing, f"there is no program {program}", hint)
 
 
