@@ -36,7 +36,7 @@ from nsrun.steps import StartTor, StartUplink
 
 log = logging.getLogger(__name__)
 
-REST = 0.05  # seconds before the stock is filled up: a command that just started needs the CPU
+REST = 0.01  # seconds before the stock is filled up: a command that just started needs the CPU
 
 Tell = Callable[[dict[str, Any]], None]
 

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -118,6 +119,7 @@ class Tor:
             if time.monotonic() > deadline:
                 raise GatewayError("start Tor", "no control socket after 20 s", f"see {log}")
             time.sleep(0.005)  # until the socket is there: it cannot be waited for
+        self._controller._event_notice = _Told()  # noqa: SLF001  there is no other way
         self._controller.authenticate()
         for kind in (EventType.STATUS_CLIENT, EventType.STATUS_GENERAL):
             self._controller.add_event_listener(self._on_status, kind)
@@ -141,6 +143,13 @@ class Tor:
             STALLS.get(reason, arguments.get("WARNING", "")),
         )
         self._changed()
+
+
+class _Told(threading.Event):
+    """stem looks for events 20 times a second, though its thread is told of each and of its end."""
+
+    def wait(self, _timeout: float | None = None) -> bool:
+        return super().wait()
 
 
 def last_words(log: str, begin: int) -> str:
