@@ -17,7 +17,7 @@ help:
 demo: setup ## boot the lab, run curl through it, show exit address, IsTor and leak verdict
 	@$(bin)/python bench/demo.py
 
-test: lint ## run every test; as a user, those that need root go through sudo
+test: lint everyday ## run every test; as a user, those that need root go through sudo
 	@$(as_root)
 	$(call pytest)
 
@@ -28,7 +28,7 @@ stories: setup ## run the behaviour tests
 	@$(as_root)
 	$(call pytest,tests/stories)
 
-lab: setup ## run the tests that need a lab
+lab: everyday ## run the tests that need a lab
 	@$(as_root)
 	$(bin)/pytest -m lab
 
@@ -49,9 +49,12 @@ install: ## put ttp on the PATH: PREFIX/lib/ttp, PREFIX/bin/ttp (PREFIX=/usr/loc
 setup:
 	@.ci/setup
 
+everyday:
+	@.ci/setup everyday
+
 lint: setup
 	$(bin)/ruff format --check
 	$(bin)/ruff check
 	$(bin)/mypy
 
-.PHONY: help demo test check stories lab bench golden clean install setup lint
+.PHONY: help demo test check stories lab bench golden clean install setup everyday lint

@@ -5,12 +5,14 @@ In `inet`, every host name gets the same answers, chosen by path:
     /api/ip      {"IsTor": …, "IP": …} as https://check.torproject.org/api/ip
     /ip          the client's address alone, as https://ifconfig.me/ip
     /bytes/N     N bytes, to measure throughput
+    else         the file of that name in /run/lab/www, which a user of the lab may fill
 The host api.ipify.org answers with the address alone at / as well.
 """
 
 from __future__ import annotations
 
 import json
+import mimetypes
 import os
 import socket
 import ssl
@@ -22,6 +24,7 @@ from abc import abstractmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from nsrun.errors import MissingError, NsrunError
 from nsrun.lab import topology
@@ -49,6 +52,7 @@ class _Server(ThreadingHTTPServer):
         self.tls = tls
         self.log = log.open("a", buffering=1)
         self.block = log.with_name("block")
+        self.files = log.parents[1] / "www"
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Shake hands in the connection's own thread, so that a slow client holds up nobody."""
@@ -79,7 +83,9 @@ class _Handler(BaseHTTPRequestHandler):
         return address
 
     def reply(self, text: str, kind: str = "text/plain") -> None:
-        body = text.encode()
+        self.send(text.encode(), kind)
+
+    def send(self, body: bytes, kind: str) -> None:
         self.head(len(body), kind)
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -116,6 +122,18 @@ class Internet(_Handler):
             self._bytes(int(rest))
         elif self.path == "/":
             self.reply(f"{self.client}\n{'an exit' if exit_seen else 'not an exit'} of the lab\n")
+        else:
+            self._file()
+
+    def _file(self) -> None:
+        """Answer with a file; for a directory, with its index.html."""
+        path = unquote(urlsplit(self.path).path)
+        file = Path(f"{self.server.files}/{path}").resolve()
+        if file.is_dir():
+            file /= "index.html"
+        if file.is_relative_to(self.server.files) and file.is_file():
+            kind, _ = mimetypes.guess_type(file.name)
+            self.send(file.read_bytes(), kind or "application/octet-stream")
         else:
             self.send_error(404)
 

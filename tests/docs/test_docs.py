@@ -63,6 +63,30 @@ def test_tests_name_only_promises_that_exist() -> None:
     assert promises_with_a_test() <= set(PROMISES)
 
 
+# ---- everyday programs -------------------------------------------------------------------------
+
+
+def programs_with_a_test() -> list[str]:
+    """First arguments of ``pytest.mark.program(…)`` and of test_everyday's ``program(…)``."""
+    tree = ast.parse((ROOT / "tests" / "lab" / "test_everyday.py").read_text())
+    return [
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("program", "pytest.mark.program")
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[0].value, str)
+    ]
+
+
+def test_readme_lists_the_programs_that_are_tested() -> None:
+    """Its table has no entry without a test, and no test is without an entry."""
+    section = README.read_text().partition("## Everyday programs")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| [^|]+ \| ([^|]+) \|$", section, re.MULTILINE)
+    listed = ", ".join(cells).replace("`", "").split(", ")
+    assert sorted(listed) == sorted(programs_with_a_test())
+
+
 # ---- commands and options ----------------------------------------------------------------------
 
 

@@ -200,23 +200,6 @@ def test_a_terminal_is_the_commands_own(lab: Lab) -> None:
     assert os.WTERMSIG(status) == signal.SIGINT
 
 
-def test_an_interactive_shell_has_job_control(lab: Lab) -> None:
-    """Suspend a job, bring it back, leave."""
-    terminal = Terminal(lab.command(TTP, "run", "-g", lab.name, "--", "bash", "--norc", "-i"))
-    terminal.type("PS1='> '; sleep 100\n")
-    terminal.expect("sleep 100")
-    time.sleep(0.3)  # until the shell has put the job into the foreground: that cannot be seen
-    terminal.type("\x1a")
-    terminal.expect("Stopped")
-    terminal.type("fg\n")
-    terminal.expect("sleep 100")
-    time.sleep(0.3)  # as above
-    terminal.type("\x03")
-    terminal.type("echo $((6*7)); exit 3\n")
-    terminal.expect("42")
-    assert os.waitstatus_to_exitcode(terminal.wait()) == 3
-
-
 def test_a_workload_has_its_name_and_is_listed(lab: Lab) -> None:
     """ttp ps shows it while it lives; a second one cannot have the name."""
     command = lab.command(TTP, "run", "-g", lab.name, "--name", "one", "--", "sleep", "100")
@@ -234,13 +217,6 @@ def test_a_workload_has_its_name_and_is_listed(lab: Lab) -> None:
     deadline = time.monotonic() + 10
     while json.loads(lab.ttp("ps", "-g", lab.name, "--json").stdout):
         assert time.monotonic() < deadline, "the workload is still listed"
-
-
-def test_inside_a_workload_there_is_no_other(lab: Lab) -> None:
-    """Nested runs are refused, clearly: what a workload starts is behind Tor already."""
-    done = lab.run(TTP, "run", "-g", lab.name, "--", "true")
-    assert done.returncode == 125
-    assert "behind Tor already" in done.stderr
 
 
 @pytest.mark.parametrize(
