@@ -19,8 +19,9 @@ from typing import Protocol
 from nsrun import netlink, ruleset
 from nsrun.errors import MissingError, NsrunError, VerifyError
 from nsrun.facts import search_path
-from nsrun.netns import Namespace
+from nsrun.netns import Namespace, own_namespace_of
 from nsrun.steps import (
+    AttachNamespace,
     DropElements,
     DropNamespace,
     Ip,
@@ -64,8 +65,8 @@ class Machine:
 
     def _do(self, step: Step) -> None:
         match step:
-            case MakeNamespace(name):
-                self.namespaces[name] = Namespace()
+            case MakeNamespace() | AttachNamespace():
+                self.namespaces[step.name] = _namespace(step)
             case DropNamespace(name):
                 if name in self.namespaces:
                     self.namespaces.pop(name).close()
@@ -139,6 +140,14 @@ def apply(steps: Iterable[Step], do: Callable[[Step], None]) -> ExitStack:
                 back.callback(do, inverse)  # first: an undo that finds nothing is no error
             do(step)
         return back.pop_all()
+
+
+def _namespace(step: MakeNamespace | AttachNamespace) -> Namespace:
+    match step:
+        case MakeNamespace():
+            return Namespace()
+        case AttachNamespace(_, pid, owner):
+            return own_namespace_of(pid, owner)
 
 
 def _drop_elements(kernel: socket.socket, text: str) -> None:

@@ -65,7 +65,7 @@ def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoRe
     with 125, 126 or 127.
     """
     server = send(
-        f"{paths.gateway(gateway)}/api",
+        reach(gateway),
         {
             "do": "run",
             "version": __version__,
@@ -74,7 +74,7 @@ def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoRe
             "caller": caller(),
         },
     )
-    from nsrun import enter  # now: it takes a millisecond, and so does the supervisor
+    from nsrun import enter  # noqa: F401  now: it takes a millisecond, and so does the supervisor
 
     answer, descriptors = receive(server)
     if warning := answer["warning"]:
@@ -85,39 +85,39 @@ def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoRe
         echo(effect)
     umask = os.umask(0o022)  # what is made for the command, it must be able to read
     for op in answer["enter"]:
-        if verbose:
-            echo(f"{op[0]} {' '.join(str(argument) for argument in op[1:])}")
-        try:
-            enter.perform(op, descriptors)
-        except Exception as error:
-            fail(RefusedError(f"isolate the command ({op[0]})", str(error), _DOCTOR, RUN_FAILED))
+        _perform(op, descriptors, verbose)
     os.umask(umask)
     _exec(answer["command"], {**environment, **answer["environment"]})
 
 
-def ask(path: str, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+def ask(server: _socket.socket, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
     """Send one request to a supervisor; wait for its answer and the descriptors that go with it.
 
     Raises NotHereError or RefusedError.
     """
-    return receive(send(path, request))
+    return receive(send(server, request))
 
 
-def send(path: str, request: dict[str, Any]) -> _socket.socket:
-    """Send one request to a supervisor. Raises NotHereError or RefusedError."""
-    server = connect(path)
+def send(server: _socket.socket, request: dict[str, Any]) -> _socket.socket:
+    """Send one request to a supervisor. Raises NotHereError."""
     try:
         server.sendall((_encode(request) + "\n").encode())
-    except ConnectionError:
-        server.close()
-        raise NotHereError from None
+    except ConnectionError:  # it has ended, or refused us without a look at what we ask
+        try:
+            said = server.recv(1, _socket.MSG_PEEK)
+        except ConnectionError:
+            said = b""
+        if not said:
+            server.close()
+            raise NotHereError from None
     return server
 
 
 def receive(server: _socket.socket) -> tuple[dict[str, Any], dict[str, int]]:
     """The answer to a request, and the descriptors that go with it.
 
-    Raises NotHereError or RefusedError. Progress on the way is shown on a terminal.
+    Raises NotHereError or RefusedError. Progress on the way is shown on a terminal, and what the
+    supervisor wants to be done ahead of its answer is done.
     """
     received, fds, answered = b"", [], False
     try:
@@ -138,6 +138,9 @@ def receive(server: _socket.socket) -> tuple[dict[str, Any], dict[str, int]]:
                 answer, _end = _SCAN(line.decode(), 0)
                 if "progress" in answer:
                     show_progress(answer["progress"], answer["summary"])
+                elif "perform" in answer:
+                    _perform(answer["perform"], {}, answer["verbose"])
+                    server.sendall(b"\n")
                 elif "error" in answer:
                     error = answer["error"]
                     raise RefusedError(error["doing"], error["cause"], error["hint"], error["code"])
@@ -152,21 +155,41 @@ def receive(server: _socket.socket) -> tuple[dict[str, Any], dict[str, int]]:
             server.close()
 
 
+def reach(gateway: str) -> _socket.socket:
+    """A connection to a gateway: our own, else root's, if it is shared with us.
+
+    Raises NotHereError.
+    """
+    for path in paths.sockets(gateway):
+        try:
+            return connect(path)
+        except NotHereError:
+            pass
+    raise NotHereError
+
+
 def connect(path: str) -> _socket.socket:
     """A connection to a supervisor. Raises NotHereError."""
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     try:
         server.connect(path)
         server = _above_standard(server)
-        credentials = server.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
+        user = owner(server)
     except OSError:
         server.close()
         raise NotHereError from None
-    if int.from_bytes(credentials[4:8], "little") != os.geteuid():  # we do what it says
+    if user not in (os.geteuid(), 0):  # we do what it says
         server.close()
         hint = "remove its directory, or set XDG_RUNTIME_DIR"
         raise RefusedError(f"use {path}", "it belongs to another user", hint, RUN_FAILED)
     return server
+
+
+def owner(server: _socket.socket) -> int:
+    """The user at the other end (SO_PEERCRED, unix(7))."""
+    return int.from_bytes(
+        server.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)[4:8], sys.byteorder
+    )
 
 
 def _above_standard(server: _socket.socket) -> _socket.socket:
@@ -185,6 +208,17 @@ def show_progress(percent: int, summary: str) -> None:
     if os.isatty(2):
         end = "\r\033[K" if percent >= 100 else ""
         os.write(2, f"\r\033[Kttp: Tor {percent:3} % {summary}{end}".encode())
+
+
+def _perform(op: list[Any], descriptors: dict[str, int], verbose: bool) -> None:
+    from nsrun import enter
+
+    if verbose:
+        echo(f"{op[0]} {' '.join(str(argument) for argument in op[1:])}")
+    try:
+        enter.perform(op, descriptors)
+    except Exception as error:
+        fail(RefusedError(f"isolate the command ({op[0]})", str(error), _DOCTOR, RUN_FAILED))
 
 
 def echo(effect: str) -> None:

@@ -55,6 +55,16 @@ def _in_a_network(fd: int) -> bool:
     return bool(family != _socket.AF_UNIX)
 
 
+def own_network() -> None:
+    """Make a network namespace in a user namespace of our own, as its root.
+
+    For a gateway of root's, which plugs a link into it: then nobody has more rights than before.
+    """
+    outer = (os.geteuid(), os.getegid())
+    linux.unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNET)
+    _map_user((0, 0), outer)
+
+
 def join_user(descriptors: dict[str, int]) -> None:
     linux.setns(descriptors["user"], linux.CLONE_NEWUSER)
 
@@ -159,9 +169,7 @@ def new_user(uid: int, gid: int) -> None:
     outer = (os.geteuid(), os.getegid())
     linux.prctl(linux.PR_SET_DUMPABLE, 1)  # joining a user namespace closed /proc/self to us
     linux.unshare(linux.CLONE_NEWUSER)
-    _write("/proc/self/setgroups", b"deny")
-    _write("/proc/self/uid_map", b"%d %d 1" % (uid, outer[0]))
-    _write("/proc/self/gid_map", b"%d %d 1" % (gid, outer[1]))
+    _map_user((uid, gid), outer)
 
 
 def new_users(descriptors: dict[str, int]) -> None:
@@ -206,11 +214,18 @@ _PLAIN = linux.MS_NOSUID | linux.MS_NODEV
 _VERBS = {
     function.__name__: function
     for function in (
-        *(close_doors, join_user, join_network, new_mounts, hide_run, hide, replace_etc),
-        *(new_sys, come_back, new_user, new_users, read_only, drop_capabilities, become),
-        *(no_new_privileges, filter_calls),
+        *(own_network, close_doors, join_user, join_network, new_mounts, hide_run, hide),
+        *(replace_etc, new_sys, come_back, new_user, new_users, read_only, drop_capabilities),
+        *(become, no_new_privileges, filter_calls),
     )
 }
+
+
+def _map_user(inner: tuple[int, int], outer: tuple[int, int]) -> None:
+    """In our new user namespace, user and group ``outer`` are to be ``inner``."""
+    _write("/proc/self/setgroups", b"deny")
+    _write("/proc/self/uid_map", b"%d %d 1" % (inner[0], outer[0]))
+    _write("/proc/self/gid_map", b"%d %d 1" % (inner[1], outer[1]))
 
 
 def _open_entries(directory: str, names: list[str]) -> list[tuple[str, int]]:

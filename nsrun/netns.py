@@ -6,13 +6,16 @@ that refers to them, so after ``kill -9`` the kernel cleans up.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from nsrun import linux, netlink
+from nsrun.errors import NsrunError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,6 +65,45 @@ class Namespace:
                 kernel.close()
             os.close(self.fd)
             self.fd = -1
+
+
+_USE = "plug a link into the network namespace"
+
+
+def own_namespace_of(pid: int, owner: int) -> Namespace:
+    """The network namespace of process ``pid``: one that user ``owner`` made, and still empty.
+
+    Who gives us the host's, somebody else's, or one with a link to elsewhere has no link plugged
+    in. Raises NsrunError, or OSError when the process has gone.
+    """
+    # opened by ourselves: a descriptor that we were sent could be of a file that blocks
+    fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _maker(fd) != owner:
+            raise NsrunError(_USE, "the user did not make it")
+        space = Namespace(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+    try:
+        links = [name for _, name in space.call(socket.if_nameindex)]
+        if links != ["lo"]:
+            raise NsrunError(_USE, f"it has links already: {' '.join(links)}")
+    except BaseException:
+        space.close()
+        raise
+    return space
+
+
+def _maker(fd: int) -> int:
+    """The user who made the user namespace that owns the namespace ``fd`` (ioctl_ns(2))."""
+    ns_get_userns, ns_get_owner_uid = 0xB701, 0xB704
+    users = fcntl.ioctl(fd, ns_get_userns)
+    try:
+        uid = bytearray(4)
+        fcntl.ioctl(users, ns_get_owner_uid, uid)
+        return int.from_bytes(uid, sys.byteorder)
+    finally:
+        os.close(users)
 
 
 def _join(path: str | None) -> int:

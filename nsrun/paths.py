@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 
+SYSTEM = "/run/ttp"  # the runtime directory of root, and of gateways that root shares
+
 
 def runtime() -> str:
     """Directory of running gateways and labs; $TTP_RUNTIME_DIR puts it elsewhere."""
@@ -19,7 +21,7 @@ def runtime() -> str:
         return directory
     uid = os.geteuid()
     if uid == 0:
-        return "/run/ttp"
+        return SYSTEM
     base = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}"
     if os.path.isdir(base):
         return f"{base}/ttp"
@@ -40,6 +42,14 @@ def cache() -> str:
 def gateway(name: str) -> str:
     """Runtime directory of a gateway: ``api`` (the supervisor's socket), ``tor/``."""
     return f"{runtime()}/gateways/{name}"
+
+
+def sockets(name: str) -> list[str]:
+    """Where a gateway may be asked: our own first, then root's, which may be shared with us."""
+    directories = [gateway(name)]
+    if os.geteuid() != 0:
+        directories.append(f"{SYSTEM}/gateways/{name}")
+    return [f"{directory}/api" for directory in directories]
 
 
 def log(state_directory: str) -> str:

@@ -16,6 +16,7 @@ from nsrun import ruleset, seccomp, torrc
 from nsrun.address import AddressBlock, choose_block
 from nsrun.spec import Caller, GatewaySpec, RunSpec
 from nsrun.steps import (
+    AttachNamespace,
     Ip,
     LoadRules,
     MakeDirectory,
@@ -104,15 +105,25 @@ class Plan:
 
 
 def make_plan(
-    gateway: GatewaySpec, facts: Facts, caller: Caller, nested: bool, spec: RunSpec
+    gateway: GatewaySpec,
+    facts: Facts,
+    caller: Caller,
+    nested: bool,
+    spec: RunSpec,
+    *,
+    guest: int = 0,
 ) -> Plan:
-    """Everything that the first ``ttp run`` on a gateway would do."""
+    """Everything that the first ``ttp run`` on a gateway would do.
+
+    ``guest`` is the process of a user with whom root shares the gateway.
+    """
     block = choose_block(facts.networks)
     workload = Workload(block, 2)
+    own = AttachNamespace("workload", guest, caller.uid) if guest else None
     return Plan(
         gateway_steps(gateway, facts, block),
-        workload_steps(workload) + option_steps(workload, spec),
-        enter_ops(gateway, facts, block, caller, nested),
+        workload_steps(workload, own) + option_steps(workload, spec),
+        enter_ops(gateway, facts, block, caller, nested, guest=bool(guest)),
     )
 
 
@@ -169,12 +180,12 @@ _GATEWAY_SYSCTLS = (
 )
 
 
-def workload_steps(workload: Workload) -> tuple[Step, ...]:
-    """A namespace whose only link ends in the gateway, ready to be joined."""
+def workload_steps(workload: Workload, own: AttachNamespace | None = None) -> tuple[Step, ...]:
+    """A namespace whose only link ends in the gateway: ready to be joined, or the client's own."""
     link, address4, address6 = workload.link, workload.address4, workload.address6
     end = f"mtu {MTU} address {LINK_MAC}"
     return (
-        MakeNamespace("workload"),
+        own or MakeNamespace("workload"),
         Ip(
             "workload",
             (
@@ -195,6 +206,8 @@ def workload_steps(workload: Workload) -> tuple[Step, ...]:
             ),
         ),
         SetSysctl("workload", "net.ipv4.conf.eth0.route_localnet", "1"),
+        # who owns the other end can send what it likes; the rules drop these, and this is depth
+        *(SetSysctl("gateway", f"net.{key}", "0") for key in _deaf(link) if own),
         Ip(
             "gateway",
             (
@@ -228,31 +241,47 @@ def option_steps(workload: Workload, spec: RunSpec) -> tuple[Step, ...]:
     return tuple(steps)
 
 
+def _deaf(link: str) -> tuple[str, ...]:
+    """What lets a neighbour on ``link`` change routes: redirects, router advertisements."""
+    return (
+        f"ipv4.conf.{link}.accept_redirects",
+        f"ipv6.conf.{link}.accept_redirects",
+        f"ipv6.conf.{link}.accept_ra",
+    )
+
+
 def enter_ops(
     gateway: GatewaySpec,
     facts: Facts,
     block: AddressBlock,
     caller: Caller,
     nested: bool,
+    *,
+    guest: bool = False,
 ) -> tuple[Op, ...]:
     """What the client does to itself before it becomes the command. See nsrun/enter.py.
 
     ``nested`` says that the gateway's user namespace is not the client's own (rootless, or a
     lab's): the client joins it to get at the network namespace, and makes a user namespace of
     its own inside, so that it has no capability over either.
+    ``guest`` says that root shares the gateway with the client's user: the first operation makes
+    both namespaces, and the supervisor is told before it plugs a link in.
     """
-    owner = (0, 0) if nested else (caller.uid, caller.gid)
+    apart = nested or guest
+    owner = (0, 0) if apart else (caller.uid, caller.gid)
     files = {
         # `search .`: else libc would take the host's own domain and send it to exits
         "resolv.conf": f"nameserver {block.gateway}\nsearch .\n",
         "nsswitch.conf": hosts_by_dns(facts.nsswitch),
     }
     hidden = {_root(gateway.runtime), _root(gateway.state), caller.bus, *caller.own} - {""}
-    ops: list[Op] = [("close_doors",)]
+    ops: list[Op] = [("own_network",)] if guest else []
+    ops.append(("close_doors",))
     if nested:
         ops.append(("join_user",))
+    if not guest:
+        ops.append(("join_network",))
     ops += [
-        ("join_network",),
         ("new_mounts",),
         ("hide_run", list(RUN_KEPT), caller.runtime_dir, list(SESSION_KEPT), *owner),
         *(("hide", path) for path in sorted(hidden)),
@@ -262,7 +291,7 @@ def enter_ops(
     ]
     if caller.uid == 0:
         ops += [("read_only", "/proc/sys"), ("read_only", "/sys")]
-    ops.append(("new_user", caller.uid, caller.gid) if nested else ("new_users",))
+    ops.append(("new_user", caller.uid, caller.gid) if apart else ("new_users",))
     ops.append(("drop_capabilities", [] if caller.uid else list(ROOT_KEEPS)))
     if caller.switched:
         ops.append(("become", caller.uid, caller.gid, list(caller.groups)))

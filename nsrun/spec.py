@@ -57,6 +57,7 @@ class GatewaySpec:
     ``uplinks`` are tried in order, by name or as a LabUplink. ``idle`` is in seconds; 0 means
     that the gateway stays until it is told to go. ``bootstrap`` is how long a start may take.
     ``ca_bundle`` is a file of certificate authorities that workloads trust instead of the host's.
+    ``group`` is the number of a group whose members may use a gateway of root's.
     """
 
     name: str
@@ -66,6 +67,7 @@ class GatewaySpec:
     torrc: str = ""
     idle: float = 600.0
     ca_bundle: str = ""
+    group: int | None = None
 
     def __post_init__(self) -> None:
         check_name("gateway", self.name)

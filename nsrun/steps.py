@@ -26,6 +26,21 @@ class MakeNamespace:
 
 
 @dataclass(frozen=True)
+class AttachNamespace:
+    """The network namespace that process ``pid`` made: new, empty, and of user ``owner``."""
+
+    name: str
+    pid: int
+    owner: int
+
+    def describe(self) -> str:
+        return f"ip netns attach {self.name} {self.pid}"
+
+    def undo(self) -> Step | None:
+        return DropNamespace(self.name)
+
+
+@dataclass(frozen=True)
 class DropNamespace:
     name: str
 
@@ -211,6 +226,7 @@ class StopProcess:
 
 Step = (
     MakeNamespace
+    | AttachNamespace
     | DropNamespace
     | SetSysctl
     | Ip

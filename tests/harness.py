@@ -1,7 +1,7 @@
 """Who a command of a test runs as, and what a test must leave as it found it.
 
-As a program, ``harness.py UID HOME COMMAND [ARGUMENT …]`` becomes COMMAND as an unprivileged
-user. Run by root, it does so in a private mount namespace, where this checkout and the
+As a program, ``harness.py UID[+GROUP…] HOME COMMAND [ARGUMENT …]`` becomes COMMAND as an
+unprivileged user. Run by root, it does so in a private mount namespace, where this checkout and the
 interpreter can be reached although a directory above them may be closed (/root, ``mktemp -d``),
 and where anybody may open /dev/net/tun, as on a machine with udev.
 """
@@ -26,7 +26,7 @@ SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"  # not in a user's PATH on Debian
 # ---- as an unprivileged user -------------------------------------------------------------------
 
 
-def become(uid: int, home: str, argv: list[str]) -> None:
+def become(uid: int, groups: list[int], home: str, argv: list[str]) -> None:
     """Exec ``argv`` as ``uid``, who needs no entry in /etc/passwd; keep our own uid if not root."""
     foreign = re.compile(r"SUDO_|XDG_|DBUS_|LOGNAME$|USER$|MAIL$")
     environment = {key: value for key, value in os.environ.items() if not foreign.match(key)}
@@ -41,7 +41,7 @@ def become(uid: int, home: str, argv: list[str]) -> None:
         open_ways([ROOT, Path(sys.prefix), Path(sys.base_prefix)])
         open_tun()
         os.chdir("/")  # the directory that we are in may be on the far side of a mount of ours
-        os.setgroups([])
+        os.setgroups(groups)
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
         if directory.is_dir() and os.access(directory, os.X_OK):
@@ -148,4 +148,5 @@ def _output(command: str) -> str:
 
 
 if __name__ == "__main__":
-    become(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    user, *others = map(int, sys.argv[1].split("+"))
+    become(user, others, sys.argv[2], sys.argv[3:])

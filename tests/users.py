@@ -27,9 +27,10 @@ def home_of(uid: int) -> Iterator[Path]:
         yield home
 
 
-def prefix_of(uid: int, home: Path) -> list[str]:
-    """The beginning of a command that runs the rest as ``uid``."""
-    return [sys.executable, str(ROOT / "tests" / "harness.py"), str(uid), str(home)]
+def prefix_of(uid: int, home: Path, *groups: int) -> list[str]:
+    """The beginning of a command that runs the rest as ``uid``, who is in ``groups`` as well."""
+    user = "+".join(map(str, (uid, *groups)))
+    return [sys.executable, str(ROOT / "tests" / "harness.py"), user, str(home)]
 
 
 def lacking(prefix: list[str], script: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,11 +28,13 @@ def describe(
     uplink: Sequence[str] | None = None,
     torrc: Path | None = None,
     idle: float | None = None,
+    group: str | None = None,
     bootstrap_timeout: float | None = None,
     **_others: object,
 ) -> GatewaySpec:
     """The gateway that options of ``ttp gateway up`` describe. Raises UsageError."""
     from nsrun.gateway import control
+    from nsrun.gateway.guests import group_number
 
     spec = control.default_spec(name)
     if uplink:
@@ -44,6 +47,10 @@ def describe(
         spec = replace(spec, torrc=check_fragment(text, str(torrc)))
     if idle is not None:
         spec = replace(spec, idle=idle)
+    if group is not None:
+        number = group_number(group)
+        if os.geteuid() == 0:  # a file of the system is read by every user
+            spec = replace(spec, group=number)
     if bootstrap_timeout is not None:
         check_seconds("--bootstrap-timeout", bootstrap_timeout)
     return spec
@@ -66,6 +73,7 @@ def _check(**option: Any) -> None:
 
 @app.command(cls=settings.settable(settings.GATEWAY, _check))
 def up(
+    context: typer.Context,
     name: Named = "default",
     uplink: Annotated[
         list[str] | None,
@@ -80,6 +88,12 @@ def up(
     idle: Annotated[
         float, typer.Option("--idle", min=0, help="Stop after so many unused seconds; 0: never.")
     ] = 0.0,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            "--group", help="Let members of this group use it, each for himself; only root can."
+        ),
+    ] = None,
     bootstrap_timeout: Annotated[
         float, typer.Option("--bootstrap-timeout", min=0, help="Seconds to wait for Tor.")
     ] = 180.0,
@@ -90,11 +104,19 @@ def up(
     """Start the gateway NAME and wait until its Tor is ready."""
     from nsrun.gateway import control
 
-    spec = describe(name, uplink, torrc, idle, bootstrap_timeout)
-    if name in control.running():
+    if group is not None and os.geteuid() != 0 and _is_given(context, "group"):
+        raise UsageError(f"share the gateway {name}", "only root can", "use sudo")
+    spec = describe(name, uplink, torrc, idle, group, bootstrap_timeout)
+    if control.owner(name) == os.geteuid():
         raise UsageError(f"start the gateway {name}", "it is up", f"ttp gateway down {name}")
     control.start(spec, echo=client.echo if verbose else None)
     control.ask(name, {"do": "wait", "timeout": bootstrap_timeout})
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    """Whether an option is on the command line, not only in a file."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @app.command()
@@ -140,6 +162,8 @@ def logs(name: Named = "default") -> None:
         sys.stdout.write(path.read_text(errors="replace"))
     except FileNotFoundError:
         raise UsageError(f"read the log of the gateway {name}", "it never ran") from None
+    except PermissionError:
+        raise UsageError(f"read the log of the gateway {name}", "only root can") from None
 
 
 @app.command()

@@ -16,7 +16,7 @@ from nsrun import client
 from nsrun.cli import settings
 from nsrun.errors import NsrunError, UsageError
 from nsrun.ruleset import HTTP_AT, SOCKS_AT
-from nsrun.spec import Isolation, RunSpec
+from nsrun.spec import GatewaySpec, Isolation, RunSpec
 from nsrun.user import resolve
 
 CONTEXT = {"allow_interspersed_args": False}
@@ -130,15 +130,24 @@ def plan(spec: RunSpec) -> None:
     """
     from nsrun import facts
     from nsrun.cli.gateway import on_demand
-    from nsrun.gateway import uplink
-    from nsrun.plan import make_plan
+    from nsrun.gateway import control, uplink
+    from nsrun.plan import Plan, make_plan
     from nsrun.steps import StartUplink
 
-    rootless = os.geteuid() != 0
+    shared = control.owner(spec.gateway) == 0 != os.geteuid()
+    rootless = os.geteuid() != 0 and not shared
     caller, environment = resolve(spec, client.caller(), rootless)
-    gateway = on_demand(spec.gateway, settings.here())
-    made = make_plan(gateway, facts.probe(), caller, rootless, spec)
-    print("# the gateway, by its supervisor, once")
+    if shared:
+        found = control.ask(spec.gateway, {"do": "inspect"})
+        gateway = GatewaySpec(spec.gateway, found["runtime"], found["state"])
+        made = make_plan(gateway, facts.probe(), caller, rootless, spec, guest=os.getpid())
+        (first, *_), *rest = made.enter
+        print(f"# the gateway is root's, and up\n\n# ahead of all, by the client\n{first}")
+        made = Plan((), made.workload, tuple(rest))
+    else:
+        gateway = on_demand(spec.gateway, settings.here())
+        made = make_plan(gateway, facts.probe(), caller, rootless, spec)
+        print("# the gateway, by its supervisor, once")
     for step in made.gateway:
         print(step.describe())
         if isinstance(step, StartUplink):

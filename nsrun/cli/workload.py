@@ -30,6 +30,7 @@ def ps(gateway: Gateway = None, as_json: Json = False) -> None:
         (
             workload["name"],
             workload["gateway"],
+            "" if workload["guest"] is None else str(workload["guest"]),
             str(workload["pid"]),
             workload["identity"][0],
             _age(workload),
@@ -37,7 +38,7 @@ def ps(gateway: Gateway = None, as_json: Json = False) -> None:
         )
         for workload in found
     ]
-    output.table(("NAME", "GATEWAY", "PID", "IDENTITY", "AGE", "COMMAND"), rows)
+    output.table(("NAME", "GATEWAY", "GUEST", "PID", "IDENTITY", "AGE", "COMMAND"), rows)
 
 
 def inspect(name: Name, gateway: Gateway = None, as_json: Json = False) -> None:

@@ -47,9 +47,11 @@ def main() -> int:
     logging.raiseExceptions = False  # a full disk must not be the end, nor a screen full of it
     try:
         lock = _claim(request["runtime"])
+        if request.get("group") is not None:
+            _open_way(Path(request["runtime"]))
         _sweep(Path(request["runtime"]).parent)
         _make_private(request["state"])
-        Path(paths.log(request["state"])).write_bytes(b"")
+        _empty(paths.log(request["state"]))
         logging.basicConfig(
             filename=paths.log(request["state"]),  # to append: Tor and the uplink write there too
             level=logging.INFO,
@@ -104,6 +106,13 @@ def _claim(runtime: str) -> int:
     return fd
 
 
+def _open_way(runtime: Path) -> None:
+    """Let others see which gateways there are, and come as far as this one's socket."""
+    runtime.chmod(0o711)
+    runtime.parent.chmod(0o755)
+    runtime.parents[1].chmod(0o711)
+
+
 def _sweep(gateways: Path) -> None:
     """Remove the runtime directories of gateways that were killed: nobody holds their locks."""
     for lock in gateways.glob("*/lock"):
@@ -113,6 +122,12 @@ def _sweep(gateways: Path) -> None:
                 shutil.rmtree(lock.parent, ignore_errors=True)
         except OSError:
             continue  # it lives, or has gone meanwhile
+
+
+def _empty(log: str) -> None:
+    """A new log, which nobody else may read: it tells what was run."""
+    Path(log).unlink(missing_ok=True)
+    os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _make_private(directory: str) -> None:

@@ -64,7 +64,7 @@ def start(spec: GatewaySpec, echo: Callable[[str], None] | None = None) -> None:
 def ask(name: str, request: dict[str, Any]) -> dict[str, Any]:
     """Send a request to the supervisor of gateway ``name``. Raises GatewayError."""
     try:
-        answer, descriptors = client.ask(f"{paths.gateway(name)}/api", request)
+        answer, descriptors = client.ask(client.reach(name), request)
     except client.NotHereError:
         hint = f"ttp gateway up {name}"
         raise GatewayError(f"reach the gateway {name}", "it is not up", hint) from None
@@ -112,11 +112,15 @@ def workloads(gateway: str | None) -> list[dict[str, Any]]:
 def workload(name: str, gateway: str | None) -> dict[str, Any]:
     """The one workload of that name. Raises UsageError if there is none, or one in each of two."""
     found = [one for one in workloads(gateway) if one["name"] == name]
+    found = [one for one in found if one["guest"] in (None, os.geteuid())] or found
     if not found:
         raise UsageError(f"find the workload {name}", "there is none", "ttp ps lists them")
-    if len(found) > 1:
-        cause = f"the gateways {' and '.join(one['gateway'] for one in found)} have one each"
+    places = sorted({one["gateway"] for one in found})
+    if len(places) > 1:
+        cause = f"the gateways {' and '.join(places)} have one each"
         raise UsageError(f"find the workload {name}", cause, "choose by --gateway")
+    if len(found) > 1:
+        raise UsageError(f"find the workload {name}", "several guests have one", "ttp ps --json")
     return found[0]
 
 
@@ -128,14 +132,21 @@ def lives(found: dict[str, Any]) -> bool:
 
 
 def running() -> list[str]:
-    """Names of the gateways of this user whose supervisor answers."""
-    base = Path(paths.runtime()) / "gateways"
-    return sorted(entry.name for entry in base.glob("*") if _answers(entry.name))
+    """Names of the gateways that this user may use and whose supervisor answers."""
+    found = {entry.name for path in paths.sockets("*") for entry in Path(path).parents[1].glob("*")}
+    return sorted(name for name in found if owner(name) is not None)
 
 
-def _answers(name: str) -> bool:
+def owner(name: str) -> int | None:
+    """The user of the gateway that ``name`` stands for: ourselves, or root who shares it.
+
+    None if there is none.
+    """
     try:
-        client.connect(f"{paths.gateway(name)}/api").close()
+        connection = client.reach(name)
     except client.NotHereError:
-        return False
-    return True
+        return None
+    try:
+        return client.owner(connection)
+    finally:
+        connection.close()

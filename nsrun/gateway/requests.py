@@ -13,15 +13,15 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsrun import __version__
 from nsrun.errors import ExitCode, GatewayError, NsrunError, UsageError
-from nsrun.gateway import outside
+from nsrun.gateway import guests, outside
 from nsrun.plan import enter_ops
-from nsrun.spec import RunSpec
+from nsrun.spec import RunSpec, check_seconds
 from nsrun.user import resolve
 
 if TYPE_CHECKING:
@@ -36,35 +36,60 @@ Parse = Callable[[dict[str, Any]], RunSpec | None]
 
 
 class Client:
-    """One connection: who is at the other end, what was asked, and the way to answer."""
+    """One connection: who is at the other end, what was asked, and the way to answer.
+
+    A ``guest`` is another user than ours, and may not keep us waiting: TimeoutError.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        self.pid, self.uid, self.gid = struct.unpack("3i", credentials)
+        self.pid, self.uid, self.gid = struct.unpack("iII", credentials)
+        self.groups = guests.groups_of(connection)
+        self.guest = self.uid != os.geteuid()
         self.descriptors: list[int] = []
+        self._patience = guests.PATIENCE if self.guest else None
+        self._longest = guests.LONGEST if self.guest else LONGEST
         self._connection = connection
         self._loop = asyncio.get_running_loop()
 
     async def request(self) -> dict[str, Any] | None:
         """What is asked, or None if the other end goes away first. Raises ValueError."""
         line = b""
-        while not line.endswith(b"\n"):
-            data = await self._receive()
-            if not data or len(line) > LONGEST:
-                return None
-            line += data
-        return dict(json.loads(line))
+        async with asyncio.timeout(self._patience):
+            while not line.endswith(b"\n"):
+                data = await self._receive()
+                if not data or len(line) > self._longest:
+                    return None
+                line += data
+        found = json.loads(line)
+        if not isinstance(found, dict):
+            raise ValueError("not a request")
+        return found
 
     async def send(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
         line = json.dumps(message).encode() + b"\n"
         if fds:  # they travel with the first byte
             socket.send_fds(self._connection, [line[:1]], fds)
             line = line[1:]
-        await self._loop.sock_sendall(self._connection, line)
+        async with asyncio.timeout(self._patience):
+            await self._loop.sock_sendall(self._connection, line)
 
     async def says_more(self) -> bool:
         """Wait for one byte; False if the other end closes instead."""
-        return bool(await self._loop.sock_recv(self._connection, 1))
+        async with asyncio.timeout(self._patience):
+            return bool(await self._loop.sock_recv(self._connection, 1))
+
+    async def while_there(self, what: Coroutine[None, None, None]) -> None:
+        """Wait for ``what``. Raises ConnectionResetError when the other end goes away before."""
+        waiting = asyncio.ensure_future(what)
+        gone = asyncio.ensure_future(_readable(self._loop, self._connection))
+        try:
+            await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done() and not waiting.done():
+                raise ConnectionResetError("the client has gone")
+        finally:
+            waiting.cancel()
+            gone.cancel()
 
     async def say(self, byte: bytes) -> None:
         await self._loop.sock_sendall(self._connection, byte)
@@ -76,10 +101,12 @@ class Client:
         self._connection.close()
 
     async def _receive(self) -> bytes:
+        # without space for them, the kernel closes what is sent along
+        space = 0 if self.guest else socket.CMSG_SPACE(MOST_DESCRIPTORS * 4)
         while True:
             try:
                 data, ancillary, _, _ = self._connection.recvmsg(
-                    1 << 16, socket.CMSG_SPACE(MOST_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC
+                    1 << 16, space, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 await _readable(self._loop, self._connection)
@@ -97,50 +124,75 @@ class Requests:
 
     def __init__(self, gateway: Supervisor, parse: Parse) -> None:
         self._gateway, self._parse = gateway, parse
+        self._guests = guests.Guests(gateway.spec.group)
 
     async def accept(self, server: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(server)
+            try:
+                connection, _ = await loop.sock_accept(server)
+            except OSError as error:
+                log.warning("a client has to wait: %s", error)
+                await asyncio.sleep(0.1)  # until there is a free descriptor: nothing tells
+                continue
             task = asyncio.ensure_future(self._serve(Client(connection)))
             task.add_done_callback(_log_failure)
 
     async def _serve(self, client: Client) -> None:
         try:
-            self._check(client)
-            request = await client.request()
-            if request is not None:
-                await self._answer(client, request)
-        except NsrunError as error:
-            await client.send({"error": _as_json(error)})
-        except (OSError, ValueError) as error:
-            log.warning("a request ended: %s", error)
+            try:
+                self._check(client)
+                if client.guest:
+                    with self._guests.seat(client.uid) as turn:
+                        await self._hear(client, turn)
+                else:
+                    await self._hear(client, asyncio.Lock())
+            except NsrunError as error:
+                await client.send({"error": _as_json(error)})
+        except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+            # a guest could fill the disk with these
+            level = logging.DEBUG if client.guest else logging.WARNING
+            log.log(level, "a request ended: %s", error)
         finally:
             client.close()
 
-    async def _answer(self, client: Client, request: dict[str, Any]) -> None:
+    async def _hear(self, client: Client, turn: asyncio.Lock) -> None:
+        request = await client.request()
+        if request is not None:
+            await self._answer(client, request, turn)
+
+    async def _answer(self, client: Client, request: dict[str, Any], turn: asyncio.Lock) -> None:
         gateway = self._gateway
+        guest = client.uid if client.guest else None
         match request:
-            case {"do": "run"}:
-                await self._run(client, request)
+            case {
+                "do": "run",
+                "version": str(),
+                "arguments": list(),
+                "defaults": dict(),
+                "caller": dict(),
+            }:
+                await self._run(client, request, turn)
                 return
-            case {"do": "wait", "timeout": timeout}:
-                await self._bootstrapped(client, float(timeout))
+            case {"do": "wait", "timeout": str() | float() | int() as timeout}:
+                await self._bootstrapped(client, check_seconds("the timeout", float(timeout)))
                 answer: dict[str, Any] = {}
             case {"do": "down"}:
+                if client.guest:
+                    raise UsageError(f"stop the gateway {gateway.spec.name}", "only root can")
                 gateway.end()
                 answer = {}
             case {"do": "inspect"}:
-                answer = gateway.as_json()
+                answer = gateway.as_json(guest)
             case {"do": "ps"}:
-                answer = {"workloads": gateway.workloads.as_json()}
-            case {"do": "refresh", "name": name}:
-                answer = gateway.workloads.refresh(name).as_json()
+                answer = {"workloads": gateway.workloads.as_json(guest)}
+            case {"do": "refresh", "name": str() as name}:
+                answer = gateway.workloads.refresh(name, guest).as_json()
             case _:
                 raise UsageError("understand the request", f"no such request: {request.get('do')}")
         await client.send({**answer, "descriptors": []})
 
-    async def _run(self, client: Client, request: dict[str, Any]) -> None:
+    async def _run(self, client: Client, request: dict[str, Any], turn: asyncio.Lock) -> None:
         gateway = self._gateway
         if request["version"] != __version__:
             raise GatewayError(
@@ -148,20 +200,34 @@ class Requests:
                 f"it is of version {__version__}, this ttp of {request['version']}",
                 f"restart it: ttp gateway down {gateway.spec.name}",
             )
+        if client.guest:
+            guests.check_words(request)
         spec = self._parse(request)
         if spec is None or spec.gateway != gateway.spec.name:
             await client.send({"elsewhere": True})
             return
-        asked = request["caller"]
-        nested = asked["user_namespace"] != Path("/proc/self/ns/user").stat().st_ino
+        guest, asked, nested = client.guest, request["caller"], False
+        if guest:
+            asked = guests.caller(client.uid, client.gid, client.groups, asked)
+        else:
+            nested = asked["user_namespace"] != Path("/proc/self/ns/user").stat().st_ino
         caller, environment = resolve(spec, asked, nested)
         uid = caller.uid if caller.switched else client.uid
         others = [live.pid for live in gateway.workloads.live.values()]
         warning = outside.warning(spec.command, uid, others)
         await self._bootstrapped(client, spec.bootstrap_timeout)
-        live, fd = await gateway.workloads.give(spec, client.pid)
-        log.info("workload %s: pid %d, %s", live.name, client.pid, " ".join(spec.command))
-        descriptors = {"network": fd}
+        enter = enter_ops(gateway.spec, gateway.facts, gateway.block, caller, nested, guest=guest)
+        descriptors = {}
+        if guest:
+            await client.send({"perform": enter[0], "verbose": spec.verbose})
+            if not await client.says_more():
+                return
+            async with turn:
+                live = await gateway.workloads.attach(spec, client.pid, client.uid)
+        else:
+            live, descriptors["network"] = await gateway.workloads.give(spec, client.pid)
+        what = f"of user {client.uid}" if guest else " ".join(spec.command)
+        log.info("workload %s: pid %d, %s", live.name, client.pid, what)
         if nested:
             descriptors["user"] = os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         if bundle := gateway.spec.ca_bundle:
@@ -169,7 +235,7 @@ class Requests:
             environment |= dict.fromkeys(CA_VARIABLES, CA_FILE)
         answer = {
             "descriptors": list(descriptors),
-            "enter": enter_ops(gateway.spec, gateway.facts, gateway.block, caller, nested),
+            "enter": enter[1:] if guest else enter,
             "environment": environment,
             "command": spec.command,
             "verbose": spec.verbose,
@@ -181,7 +247,7 @@ class Requests:
         finally:
             for descriptor in descriptors.values():
                 os.close(descriptor)
-        if not nested and await client.says_more():
+        if not (nested or guest) and await client.says_more():
             _map_users(client.pid)
             await client.say(b"m")
         gateway.notify()
@@ -206,18 +272,19 @@ class Requests:
                 raise GatewayError(
                     "reach the Tor network", cause, f"{hint}; more time: --bootstrap-timeout"
                 )
-            await gateway.change(left)
+            await client.while_there(gateway.change(left))
         if told >= 0:
             await client.send({"progress": 100, "summary": "Done"})
 
     def _check(self, client: Client) -> None:
-        """Raises GatewayError unless the client is our user, and outside our workloads."""
+        """Raises GatewayError unless the client may be here, and is outside our workloads."""
         try:  # a process beside our user namespace cannot be looked at; one below it is a workload
             space = Path(f"/proc/{client.pid}/ns/user")
             below = not space.samefile("/proc/self/ns/user")
         except OSError:
-            below = False
-        if client.uid != os.geteuid() or below:
+            below = client.guest  # whom root can look at, as long as there is somebody
+        known = not client.guest or self._guests.welcome(client.gid, client.groups)
+        if below or not known:
             raise GatewayError("use this gateway", "it belongs to another user or is around you")
 
 
@@ -225,14 +292,17 @@ CA_FILE = "/etc/ssl/certs/ca-certificates.crt"
 CA_VARIABLES = ("SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 
 
-def listen(path: str) -> socket.socket:
-    """The supervisor's socket, for our own user alone."""
+def listen(path: str, group: int | None) -> socket.socket:
+    """The supervisor's socket, for our own user, and the members of ``group``, alone."""
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     mask = os.umask(0o177)
     try:
         server.bind(path)
     finally:
         os.umask(mask)
+    if group is not None:
+        os.chown(path, -1, group)
+        Path(path).chmod(0o660)
     server.listen(64)
     return server
 

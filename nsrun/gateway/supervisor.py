@@ -66,7 +66,7 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.end)
-        server = listen(f"{self.spec.runtime}/api")  # first: who comes early waits
+        server = listen(f"{self.spec.runtime}/api", self.spec.group)  # first: who comes early waits
         try:
             with server, apply(gateway_steps(self.spec, self.facts, self.block), self.machine.do):
                 await self._serve(server)
@@ -193,8 +193,8 @@ class Supervisor:
     def progress(self) -> Progress:
         return self.tor.progress if self.tor is not None else Progress()
 
-    def as_json(self) -> dict[str, Any]:
-        """For ``ttp gateway inspect``."""
+    def as_json(self, guest: int | None = None) -> dict[str, Any]:
+        """For ``ttp gateway inspect``: with the workloads that ``guest`` may see; None: all."""
         tor, link = self.tor, self.uplink
         return {
             "name": self.spec.name,
@@ -212,7 +212,8 @@ class Supervisor:
             },
             "address": [str(self.block.gateway), str(self.block.gateway6)],
             "rules": ruleset.outline(self._rules()),
-            "workloads": self.workloads.as_json(),
+            "workloads": self.workloads.as_json(guest),
+            "group": self.spec.group,
             "idle": self.spec.idle,
         }
 

@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,11 @@ from pathlib import Path
 from nsrun import netlink, ruleset
 from nsrun.apply import Machine, apply
 from nsrun.errors import NsrunError
+from nsrun.gateway.guests import MOST_WORKLOADS
 from nsrun.netns import Namespace
 from nsrun.plan import Workload, option_steps, workload_steps
 from nsrun.spec import Isolation, RunSpec
-from nsrun.steps import DropElements, SetElements
+from nsrun.steps import AttachNamespace, DropElements, SetElements
 
 READY = 3  # made ahead: as many as a shell pipeline of torified commands has
 
@@ -30,7 +32,8 @@ READY = 3  # made ahead: as many as a shell pipeline of torified commands has
 class Live:
     """A workload that exists in the kernel. ``pid`` is 0 until it is given out.
 
-    ``network`` is the inode number of its network namespace.
+    ``network`` is the inode number of its network namespace. ``guest`` is the user it is for, if
+    that is not our own; a name is unique among those of one user.
     """
 
     workload: Workload
@@ -40,6 +43,7 @@ class Live:
     name: str = ""
     pid: int = 0
     network: int = 0
+    guest: int | None = None
     command: tuple[str, ...] = ()
     since: float = 0.0
     isolate: Isolation = "workload"
@@ -59,6 +63,7 @@ class Live:
         return {
             "name": self.name,
             "pid": self.pid,
+            "guest": self.guest,
             "command": list(self.command),
             "since": self.since,
             "link": self.workload.link,
@@ -77,8 +82,9 @@ class Workloads:
         self._gateway, self._block = gateway, first.block
         self._number, self._identities = first.number, 0
         self._ready: list[Live] = []
+        self._building: dict[str, int | None] = {}  # link: guest
         self.live: dict[str, Live] = {}  # by link
-        self.given = 0
+        self._given: Counter[int | None] = Counter()  # by guest
 
     async def fill(self) -> None:
         """Make ready workloads until there are enough of them."""
@@ -90,16 +96,56 @@ class Workloads:
 
         Raises NsrunError when the name is taken.
         """
-        self.given += 1
-        name = spec.name or f"{Path(spec.command[0]).name[:20]}-{self.given}"
         live = self._ready.pop(0) if self._ready else await self._make()
-        if any(other.name == name for other in self.live.values()):
+        try:
+            name = self._name(spec, None)
+        except NsrunError:
             self._ready.append(live)
+            raise
+        namespace = self._begin(live, spec, name, pid, None)
+        fd = os.dup(namespace.fd)
+        # from here on only the descriptor, and the command, keep it alive; the client goes first
+        asyncio.get_running_loop().call_soon(namespace.close)
+        return live, fd
+
+    async def attach(self, spec: RunSpec, pid: int, guest: int) -> Live:
+        """Plug a link into the network namespace that process ``pid`` of the user ``guest`` made.
+
+        Raises NsrunError when it is not the guest's own, the name is taken, or there are too many.
+        """
+        links = [*(live.guest for live in self.live.values()), *self._building.values()]
+        if links.count(guest) >= MOST_WORKLOADS:
+            cause = f"{MOST_WORKLOADS} commands of yours are running"
+            raise NsrunError("run one more command", cause, "ttp ps lists them")
+        live = await self._make(AttachNamespace("workload", pid, guest))
+        try:
+            name = self._name(spec, guest)
+        except NsrunError:
+            live.undo.close()
+            raise
+        # from here on only the client, and its command, keep the namespace alive
+        self._begin(live, spec, name, pid, guest).close()
+        return live
+
+    def _name(self, spec: RunSpec, guest: int | None) -> str:
+        """The name of a user's next workload. Raises NsrunError when it is taken."""
+        self._given[guest] += 1
+        name = spec.name or f"{Path(spec.command[0]).name[:20]}-{self._given[guest]}"
+        if any((live.name, live.guest) == (name, guest) for live in self.live.values()):
             raise NsrunError(
                 f"name the workload {name}",
                 "another one of this gateway has that name",
                 "choose another, or leave --name out; ttp ps lists them",
             )
+        return name
+
+    def _begin(
+        self, live: Live, spec: RunSpec, name: str, pid: int, guest: int | None
+    ) -> Namespace:
+        """Give a workload what was asked for, and enter it into the books.
+
+        Its namespace is now the caller's to let go of. Raises NsrunError.
+        """
         effects: list[str] = []
         live.machine.echo = effects.append
         try:
@@ -110,14 +156,12 @@ class Workloads:
         live.machine.echo = lambda _: None
         live.effects += tuple(effects)
         live.isolate, live.socks = spec.isolate, spec.socks
-        live.name, live.pid, live.command, live.since = name, pid, spec.command, time.time()
         namespace = live.machine.namespaces.pop("workload")
-        fd = os.dup(namespace.fd)
-        live.network = os.fstat(fd).st_ino
-        # from here on only the descriptor, and the command, keep it alive; the client goes first
-        asyncio.get_running_loop().call_soon(namespace.close)
+        live.network = os.fstat(namespace.fd).st_ino
+        live.name, live.pid, live.guest = name, pid, guest
+        live.command, live.since = spec.command, time.time()
         self.live[live.workload.link] = live
-        return live, fd
+        return namespace
 
     def missing(self) -> list[str]:
         """Links of workloads that are no more, by looking at those that are."""
@@ -127,6 +171,7 @@ class Workloads:
 
     def ended(self, link: str) -> Live | None:
         """The kernel says that ``link`` is gone: forget the workload and its elements."""
+        self._building.pop(link, None)
         live = self.live.pop(link, None)
         if live is None:
             live = next((one for one in self._ready if one.workload.link == link), None)
@@ -138,9 +183,13 @@ class Workloads:
                 self._drop_identity(address, identity)
         return live
 
-    def refresh(self, name: str) -> Live:
+    def of(self, guest: int | None) -> list[Live]:
+        """Those that a user may see: a guest his own; we ourselves (None) all."""
+        return [live for live in self.live.values() if guest in (None, live.guest)]
+
+    def refresh(self, name: str, guest: int | None = None) -> Live:
         """Give the workload ``name`` a new identity, alone (P7). Raises NsrunError if unknown."""
-        live = self.named(name)
+        live = self.named(name, guest)
         if live.isolate == "connection":
             return live  # each of its connections is somebody new already
         self._identities += 1
@@ -155,14 +204,17 @@ class Workloads:
             live.identity[address] = new
         return live
 
-    def as_json(self) -> list[dict[str, object]]:
-        return [live.as_json() for live in self.live.values()]
+    def as_json(self, guest: int | None = None) -> list[dict[str, object]]:
+        return [live.as_json() for live in self.of(guest)]
 
-    def named(self, name: str) -> Live:
-        found = next((live for live in self.live.values() if live.name == name), None)
-        if found is None:
-            raise NsrunError(f"find the workload {name}", "there is none", "ttp ps lists them")
-        return found
+    def named(self, name: str, guest: int | None = None) -> Live:
+        """A workload that a user may see; our own comes before a guest's. Raises NsrunError."""
+        found = [live for live in self.of(guest) if live.name == name]
+        found = [live for live in found if live.guest == guest] or found
+        if len(found) != 1:
+            cause = "several users have one of that name" if found else "there is none"
+            raise NsrunError(f"find the workload {name}", cause, "ttp ps lists them")
+        return found[0]
 
     def close(self) -> None:
         for live in [*self._ready, *self.live.values()]:
@@ -170,16 +222,26 @@ class Workloads:
         self._ready.clear()
         self.live.clear()
 
-    async def _make(self) -> Live:
+    async def _make(self, own: AttachNamespace | None = None) -> Live:
         """In a thread: other requests need not wait for the programs that it runs."""
         workload = Workload(self._block, self._number)
         self._number += 1
-        return await asyncio.to_thread(self._build, workload)
+        self._building[workload.link] = own.owner if own else None
+        try:
+            live = await asyncio.to_thread(self._build, workload, own)
+        except BaseException:
+            self._building.pop(workload.link, None)
+            raise
+        if workload.link not in self._building:  # a guest can remove its other end
+            live.undo.close()
+            raise NsrunError("plug in the command", "its link was removed at once")
+        del self._building[workload.link]
+        return live
 
-    def _build(self, workload: Workload) -> Live:
+    def _build(self, workload: Workload, own: AttachNamespace | None) -> Live:
         effects: list[str] = []
         machine = Machine({"gateway": self._gateway}, echo=effects.append)
-        undo = apply(workload_steps(workload), machine.do)
+        undo = apply(workload_steps(workload, own), machine.do)
         machine.echo = lambda _: None
         return Live(workload, machine, undo, tuple(effects))
 

@@ -220,7 +220,7 @@ def _await_gateway(order: Order, ready: Future[None]) -> None:
     try:
         ready.result(GATEWAY_SECONDS)
         request = {"do": "wait", "timeout": GATEWAY_SECONDS}
-        _, descriptors = client.ask(f"{order.gateway}/api", request)
+        _, descriptors = client.ask(client.connect(f"{order.gateway}/api"), request)
         os.close(descriptors["supervisor"])
     except TimeoutError:
         cause = f"no answer after {GATEWAY_SECONDS:g} s"

@@ -56,6 +56,7 @@ PLANS = {
     "rootless": make_plan(
         USERS, replace(FACTS, tor_uid=0, tor_gid=0), USER, nested=True, spec=PLAIN
     ),
+    "guest": make_plan(GATEWAY, FACTS, USER, nested=False, spec=PLAIN, guest=4343),
     "lab": make_plan(
         replace(USERS, name="lab", uplinks=(LAB,), torrc="ExitNodes lab1\n"),
         replace(FACTS, tor_uid=0, tor_gid=0, networks=("10.66.0.1/16",)),
