@@ -174,6 +174,9 @@ _GATEWAY_SYSCTLS = (
     ("net.ipv6.conf.all.forwarding", "0"),
     # else the gateway would tell the uplink's neighbours that it has the links' address
     ("net.ipv4.conf.all.arp_ignore", "1"),
+    # refusals are never limited in rate: by default a busy workload gets one a second, and waits
+    ("net.ipv4.icmp_ratemask", "0"),
+    ("net.ipv6.icmp.ratelimit", "0"),
     # connections of a killed Tor keep the namespace, and workloads' links, for as long as the
     # kernel tries to close them: over a dead uplink about 100 s, thus 1 s
     ("net.ipv4.tcp_orphan_retries", "1"),

@@ -35,10 +35,11 @@ class Lab:
         self,
         *argv: str,
         cwd: Path | None = None,
+        seconds: float = 60,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as the lab's user."""
         return subprocess.run(
-            self.command(*argv), capture_output=True, text=True, timeout=60, cwd=cwd
+            self.command(*argv), capture_output=True, text=True, timeout=seconds, cwd=cwd
         )
 
     def ttp(self, *argv: str) -> subprocess.CompletedProcess[str]:

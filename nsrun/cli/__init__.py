@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from nsrun import __version__, enter
-from nsrun.cli import config, doctor, gateway, lab, run, workload
+from nsrun.cli import config, doctor, gateway, lab, leak, run, workload
 from nsrun.errors import ExitCode, NsrunError, UsageError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("plan", cls=run.CLASS, context_settings=run.CONTEXT)(run.plan)
 for command in (workload.ps, workload.inspect, workload.kill, workload.refresh):
     app.command()(command)
 app.command()(doctor.doctor)
+app.command()(leak.leaktest)
 
 
 def _version(value: bool) -> None:

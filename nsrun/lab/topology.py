@@ -138,7 +138,8 @@ def router_links() -> str:
         "link set wan0 addrgenmode none up",
         f"route add default via {ISP}",
         f"route add default via {ISP6}",
-        "link add lan0 type bridge mcast_snooping 0",
+        # its own address: else it takes that of a new port, and frames to the old one are flooded
+        "link add lan0 address 02:00:00:00:77:01 type bridge mcast_snooping 0",
         "link set lan0 addrgenmode none",
         f"address add {ROUTER}/24 dev lan0",
         f"address add {ROUTER6}/64 dev lan0 nodad",

@@ -24,8 +24,10 @@ PURE = (
     "nsrun.lab.description",
     "nsrun.lab.topology",
     "nsrun.lab.torrcs",
+    "nsrun.leak.broken",
     "nsrun.leak.frames",
     "nsrun.leak.pcap",
+    "nsrun.leak.probes.packets",
     "nsrun.leak.verdict",
 )
 # Of the standard library, what cannot touch the outside.

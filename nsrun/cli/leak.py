@@ -1,0 +1,143 @@
+"""``ttp leaktest``: try every known way around, in a lab, and prove that none leads out."""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nsrun.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nsrun.leak.probes import Probe
+    from nsrun.leak.results import Result
+    from nsrun.leak.verdict import Verdict
+
+Wanted = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[PROBE]…", help="Only these probes; * stands for anything."),
+]
+File = Path | None
+
+
+def leaktest(
+    wanted: Wanted = None,
+    lab: Annotated[
+        str, typer.Option("--lab", envvar="TTP_LAB", help="Name of the lab to test in.")
+    ] = "lab",
+    defect: Annotated[
+        str | None,
+        typer.Option("--defect", help="Test a gateway with this defect, which must be found out."),
+    ] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the probes and the defects, and do nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    junit: Annotated[
+        File, typer.Option("--junit", help="Write JUnit XML to this file.", dir_okay=False)
+    ] = None,
+    pcap: Annotated[
+        File,
+        typer.Option("--pcap", help="Write the packets that leaked to this file.", dir_okay=False),
+    ] = None,
+) -> None:
+    """Try every known way around the gateway of a lab; judge every packet on every wire.
+
+    Exit code 0 if all is contained; 1 if anything leaked, or if it could not be proven.
+    """
+    from nsrun.lab import control
+    from nsrun.leak import battery, results
+    from nsrun.leak.broken import DEFECTS
+    from nsrun.leak.verdict import Value
+
+    probes = _chosen(wanted or ["*"])
+    broken = {one.name: one for one in DEFECTS}
+    if defect is not None and defect not in broken:
+        raise UsageError(f"test the defect {defect}", "there is none", "ttp leaktest --list")
+    if list_:
+        _list(probes)
+        return
+    described = control.describe(lab)
+    if not described.gateway:
+        raise UsageError(f"test in the lab {lab}", "it has no gateway", f"ttp lab up {lab}")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="ttp-leaktest-") as files:
+        bench = battery.Bench(described, _program(), Path(files))
+        if defect is None:
+            found, verdicts = battery.battery(bench, lab, probes, _say)
+        else:
+            found, verdicts = battery.defective(bench, lab, broken[defect], probes, _say)
+    seconds = time.monotonic() - began
+    if junit is not None:
+        junit.write_text(results.as_junit(found))
+    if pcap is not None:
+        pcap.write_bytes(results.evidence(verdicts))
+    print(results.as_json(found, verdicts) if as_json else _table(found, verdicts, seconds))
+    if results.worst(found) is not Value.CONTAINED:
+        raise typer.Exit(1)
+
+
+def _chosen(wanted: Sequence[str]) -> list[Probe]:
+    from nsrun.leak.probes.table import PROBES
+
+    for pattern in wanted:
+        if not any(fnmatch.fnmatchcase(probe.name, pattern) for probe in PROBES):
+            raise UsageError(f"make the probe {pattern}", "there is none", "ttp leaktest --list")
+    return [one for one in PROBES if any(fnmatch.fnmatchcase(one.name, p) for p in wanted)]
+
+
+def _program() -> str:
+    """The ``ttp`` that runs now, for the processes that it starts."""
+    beside = Path(sys.executable).with_name("ttp")
+    return str(beside) if beside.exists() else "ttp"
+
+
+def _list(probes: Sequence[Probe]) -> None:
+    from nsrun.leak.broken import DEFECTS
+
+    for probe in probes:
+        print(f"{probe.name:<20} {' '.join(probe.promises):<9} {probe.expect:<12} {probe.title}")
+    print()
+    for defect in DEFECTS:
+        print(f"--defect {defect.name:<16} {defect.title}")
+
+
+def _table(found: Sequence[Result], verdicts: Sequence[Verdict], seconds: float) -> str:
+    from nsrun.leak import results
+
+    rows = [
+        (
+            one.name,
+            " ".join(one.promises),
+            str(one.outcome),
+            f"seen ({one.control})" if one.control else "not seen",
+            str(one.value).upper() if one.reason else str(one.value),
+        )
+        for one in found
+    ]
+    heads = ("PROBE", "PROMISE", "SENDER WAS", "CONTROL", "VERDICT")
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = []
+    for row, one in zip((heads, *rows), (None, *found), strict=True):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join(cells).rstrip())
+        if one is not None and one.reason:
+            lines += [f"    {one.reason}", *(f"    {line}" for line in one.evidence[:5])]
+    controls = sum(bool(one.control) for one in found)
+    packets = sum(verdict.judged for verdict in verdicts)
+    lines.append(
+        f"{results.worst(found)}: {len(found)} probes, {controls} controls seen, "
+        f"{packets} packets judged on {len(verdicts)} wires, {seconds:.0f} s"
+    )
+    return "\n".join(lines)
+
+
+def _say(what: str) -> None:
+    print(f"leaktest: {what}", file=sys.stderr, flush=True)

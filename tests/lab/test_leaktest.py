@@ -1,0 +1,68 @@
+"""``ttp leaktest``: the battery is contained, and finds out every gateway that leaks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from lab_helpers import TTP, Lab
+from nsrun.leak import pcap
+from nsrun.leak.broken import DEFECTS, Defect
+from nsrun.leak.probes.table import PROBES
+
+pytestmark = pytest.mark.lab
+
+
+def leaktest(lab: Lab, *arguments: str) -> tuple[int, dict[str, Any]]:
+    done = lab.do(TTP, "leaktest", "--lab", lab.name, "--json", *arguments, seconds=110)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.mark.promise("P1", "P2", "P3", "P5", "P6", "P10", "P12")
+def test_every_probe_is_contained_and_its_control_seen(lab: Lab) -> None:
+    """More than 170 ways around, none of which leads out, each of which does without the guard."""
+    code, found = leaktest(lab)
+    doubtful = [probe for probe in found["probes"] if probe["value"] != "contained"]
+    assert not doubtful
+    assert found["value"] == "contained"
+    assert code == 0
+    assert {probe["name"] for probe in found["probes"]} == {probe.name for probe in PROBES}
+    assert all(probe["control"] for probe in found["probes"])
+    assert {wire["wire"] for wire in found["wires"]} == {"gateway", "host", "lan"}
+
+
+@pytest.mark.promise("P12")
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: str(defect.name))
+def test_a_gateway_that_leaks_is_found_out(lab: Lab, defect: Defect) -> None:
+    """Each defect is one that a program in this field has, or had."""
+    assert defect.caught
+    code, found = leaktest(lab, "--defect", defect.name, *defect.caught)
+    values = {probe["name"]: probe["value"] for probe in found["probes"]}
+    assert {name: values[name] for name in defect.caught} == dict.fromkeys(defect.caught, "leak")
+    assert code == 1
+
+
+def test_evidence_is_written_for_people_and_for_ci(lab: Lab) -> None:
+    """The packets as a pcap, the results as JUnit XML."""
+    junit, evidence = lab.home / "junit.xml", lab.home / "leaks.pcap"
+    files = ("--junit", str(junit), "--pcap", str(evidence))
+    code, _ = leaktest(lab, "--defect", "no-last-rule", "udp", "tcp", *files)
+    assert code == 1
+    suite = ElementTree.fromstring(junit.read_text())  # noqa: S314  our own
+    failed = {case.get("name") for case in suite if case.find("failure") is not None}
+    assert "udp" in failed
+    assert "tcp" not in failed
+    frames, flaw = pcap.load(evidence.read_bytes())
+    assert frames
+    assert not flaw
+
+
+def test_a_probe_that_is_not_there_is_refused(lab: Lab) -> None:
+    """And nothing is tested instead."""
+    done = lab.do(TTP, "leaktest", "--lab", lab.name, "no-such-probe")
+    assert done.returncode == 2
+    assert "no-such-probe" in done.stderr
