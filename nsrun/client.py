@@ -81,13 +81,20 @@ def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoRe
         _complain("ttp: {}\nhint: {}\n".format(*warning))
     verbose = answer["verbose"]
     environment = _environment()  # now: later /proc/self is not ours to read
+    changes = _changes(answer["env"], environment) if "env" in answer else ()
     for effect in answer["effects"] if verbose else ():
         echo(effect)
     umask = os.umask(0o022)  # what is made for the command, it must be able to read
     for op in answer["enter"]:
         _perform(op, descriptors, verbose)
     os.umask(umask)
-    _exec(answer["command"], {**environment, **answer["environment"]})
+    environment |= answer["environment"]
+    for name, value in changes:
+        if value is None:
+            environment.pop(name, None)
+        else:
+            environment[name] = value
+    _exec(answer["command"], environment)
 
 
 def ask(server: _socket.socket, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -218,6 +225,8 @@ def _perform(op: list[Any], descriptors: dict[str, int], verbose: bool) -> None:
     try:
         enter.perform(op, descriptors)
     except Exception as error:
+        if op[0] == "work_in":
+            fail(RefusedError(f"work in {op[1]}", str(error.args[-1]), "", RUN_FAILED))
         fail(RefusedError(f"isolate the command ({op[0]})", str(error), _DOCTOR, RUN_FAILED))
 
 
@@ -332,6 +341,19 @@ def _environment() -> dict[str, str]:
             if b"LC_CTYPE=" not in original.read():
                 del environment["LC_CTYPE"]
     return environment
+
+
+def _changes(asked: dict[str, list[str]], ours: dict[str, str]) -> list[tuple[str, str | None]]:
+    """What ``--env-file`` and ``--env`` change; read while the files can still be reached."""
+    from nsrun.environment import changes
+
+    try:
+        return list(changes(asked["files"], asked["settings"], ours))
+    except OSError as error:
+        fail(RefusedError(f"read {error.filename}", str(error.strerror), "", RUN_FAILED))
+    except ValueError as error:
+        hint = "a line is NAME=VALUE, NAME or a # comment"
+        fail(RefusedError("take variables from a file", str(error), hint, RUN_FAILED))
 
 
 class _Context:

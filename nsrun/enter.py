@@ -161,6 +161,11 @@ def come_back() -> None:
         os.chdir("/")
 
 
+def work_in(directory: str) -> None:
+    """Enter ``directory``, which may be relative to the working directory's path."""
+    os.chdir(f"{os.readlink('/proc/self/cwd')}/{directory}" if directory[:1] != "/" else directory)
+
+
 def new_user(uid: int, gid: int) -> None:
     """Make a user namespace in which the present user is ``uid`` again, with power over nothing.
 
@@ -215,7 +220,16 @@ _VERBS = {
     function.__name__: function
     for function in (
         *(own_network, close_doors, join_user, join_network, new_mounts, hide_run, hide),
-        *(replace_etc, new_sys, come_back, new_user, new_users, read_only, drop_capabilities),
+        *(
+            replace_etc,
+            new_sys,
+            come_back,
+            work_in,
+            new_user,
+            new_users,
+            read_only,
+            drop_capabilities,
+        ),
         *(become, no_new_privileges, filter_calls),
     )
 }

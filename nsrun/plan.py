@@ -123,7 +123,7 @@ def make_plan(
     return Plan(
         gateway_steps(gateway, facts, block),
         workload_steps(workload, own) + option_steps(workload, spec),
-        enter_ops(gateway, facts, block, caller, nested, guest=bool(guest)),
+        enter_ops(gateway, facts, block, caller, nested, spec, guest=bool(guest)),
     )
 
 
@@ -259,6 +259,7 @@ def enter_ops(
     block: AddressBlock,
     caller: Caller,
     nested: bool,
+    spec: RunSpec,
     *,
     guest: bool = False,
 ) -> tuple[Op, ...]:
@@ -290,7 +291,7 @@ def enter_ops(
         *(("hide", path) for path in sorted(hidden)),
         ("replace_etc", files, caller.uid != 0),
         ("new_sys",),
-        ("come_back",),
+        ("come_back",) if spec.workdir is None else ("work_in", spec.workdir),
     ]
     if caller.uid == 0:
         ops += [("read_only", "/proc/sys"), ("read_only", "/sys")]

@@ -11,7 +11,7 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,26 +22,27 @@ SECONDS = 5.0  # to kill it in
 CHASES = 50
 
 
-def members(network: int) -> list[int]:
+def members(network: int, guest: int | None) -> list[int]:
     """Process ids of the workload whose network namespace has this inode number.
 
-    Processes that we may not look into (ptrace(2), access mode checking) are left out.
+    Of a guest's workload, those of that user only: he owns the namespace, and could let its number
+    become another one's. Whom we may not look into (ptrace(2), access mode checking) is left out.
     """
     found = set()
-    for pid, pidfd in _held(network):
+    for pid, pidfd in _held(network, guest):
         os.close(pidfd)
         found.add(pid)
     return sorted(found)
 
 
-def send(network: int, number: int) -> None:
+def send(network: int, guest: int | None, number: int) -> None:
     """Send a signal to every process of a workload, once, and to those forked meanwhile."""
     sent: dict[int, int] = {}
     try:
         before = -1
         while len(sent) > before:
             before = len(sent)
-            for pid, pidfd in _held(network):
+            for pid, pidfd in _held(network, guest):
                 if pid in sent and _lives(sent[pid]):
                     os.close(pidfd)
                     continue
@@ -53,11 +54,11 @@ def send(network: int, number: int) -> None:
             os.close(pidfd)
 
 
-def end(network: int, gone: Callable[[], bool]) -> None:
+def end(network: int, guest: int | None, gone: Callable[[], bool]) -> None:
     """Kill every process of a workload until it is ``gone``. Raises NsrunError if it stays."""
     deadline = time.monotonic() + SECONDS
     while not gone():
-        send(network, signal.SIGKILL)
+        send(network, guest, signal.SIGKILL)
         if time.monotonic() > deadline:
             hint = "do it again; ttp inspect shows its processes"
             raise NsrunError("kill it", f"it still has some after {SECONDS:g} s", hint)
@@ -77,7 +78,7 @@ def open_network(network: int) -> int:
     raise NsrunError("join the workload", "its last process has just ended")
 
 
-def _held(network: int) -> Iterator[tuple[int, int]]:
+def _held(network: int, guest: int | None) -> Iterator[tuple[int, int]]:
     """Each process of a workload with a pidfd, which the caller must close.
 
     The pidfd is taken first: what is then read under /proc/PID is of that process, or of one that
@@ -85,30 +86,37 @@ def _held(network: int) -> Iterator[tuple[int, int]]:
     """
     spaces: dict[int, bool] = {}  # user namespaces: is it below one of the workload's?
     others = []
-    for pid in _pids():
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError:
-            continue
-        try:
+    for pid, pidfd in _opened(_pids(), guest):
+        with suppress(OSError):  # ended, or not for us to see
             if _inode(pid, "net") == network:
                 _learn(pid, spaces)
                 yield pid, pidfd
                 continue
             others.append(pid)
-        except OSError:
-            pass  # ended, or not for us to see
         os.close(pidfd)
-    for pid in others if spaces else ():
+    for pid, pidfd in _opened(others if spaces else (), guest):
+        with suppress(OSError):
+            if _is_below(pid, spaces):
+                yield pid, pidfd
+                continue
+        os.close(pidfd)
+
+
+def _opened(pids: Iterable[int], guest: int | None) -> Iterator[tuple[int, int]]:
+    for pid in pids:
         with suppress(OSError):
             pidfd = os.pidfd_open(pid)
-            try:
-                if _is_below(pid, spaces):
-                    yield pid, pidfd
-                    continue
-            except OSError:
-                pass
-            os.close(pidfd)
+            if guest is None or _owner(pid) == guest:
+                yield pid, pidfd
+            else:
+                os.close(pidfd)
+
+
+def _owner(pid: int) -> int | None:
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return None
 
 
 def _learn(pid: int, spaces: dict[int, bool]) -> None:

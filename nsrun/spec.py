@@ -81,7 +81,8 @@ class GatewaySpec:
 class RunSpec:
     """One ``ttp run``. ``user`` is a name or a number; None means the one who calls.
 
-    ``socks`` asks for Tor's proxies on loopback.
+    ``socks`` asks for Tor's proxies on loopback. ``env`` is NAME=VALUE or NAME, after the files of
+    ``env_files``. ``timeout`` is in seconds; with 0 the command may run for ever.
     """
 
     command: tuple[str, ...]
@@ -93,10 +94,18 @@ class RunSpec:
     verbose: bool = False
     isolate: Isolation = "workload"
     socks: bool = False
+    workdir: str | None = None
+    env: tuple[str, ...] = ()
+    env_files: tuple[str, ...] = ()
+    timeout: float = 0.0
 
     def __post_init__(self) -> None:
         check_name("gateway", self.gateway)
         check_seconds("--bootstrap-timeout", self.bootstrap_timeout)
+        check_seconds("--timeout", self.timeout)
+        for setting in self.env:
+            if not setting.partition("=")[0]:
+                raise UsageError(f"set {setting!r}", "there is no name", "--env NAME=VALUE")
         if self.name is not None:
             check_name("workload", self.name)
         if not self.command:

@@ -48,6 +48,23 @@ Socks = Annotated[
         f"HTTP CONNECT at 127.0.0.1:{HTTP_AT}.",
     ),
 ]
+Workdir = Annotated[
+    str | None, typer.Option("--workdir", metavar="DIR", help="Directory to run in; else this one.")
+]
+Env = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--env", metavar="NAME[=VALUE]", help="Set a variable, or keep ours; can be repeated."
+    ),
+]
+EnvFile = Annotated[
+    list[str] | None,
+    typer.Option("--env-file", metavar="FILE", help="The same, a line each; can be repeated."),
+]
+TimeLimit = Annotated[
+    float,
+    typer.Option("--timeout", min=0, help="End it after so many seconds, by TERM, then KILL."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every effect, as it happens.")]
 
 
@@ -61,6 +78,10 @@ def request(
     verbose: Verbose = False,
     isolate: Isolate = "workload",
     socks: Socks = False,
+    workdir: Workdir = None,
+    env: Env = None,
+    env_file: EnvFile = None,
+    timeout: TimeLimit = 0.0,
 ) -> RunSpec:
     """The options of every command that runs something: what the command line says, as a value."""
     return RunSpec(
@@ -73,6 +94,10 @@ def request(
         verbose,
         isolate=isolate,
         socks=socks,
+        workdir=workdir,
+        env=tuple(env or ()),
+        env_files=tuple(env_file or ()),
+        timeout=timeout,
     )
 
 

@@ -47,7 +47,7 @@ def inspect(name: Name, gateway: Gateway = None, as_json: Json = False) -> None:
     from nsrun.gateway import control
 
     found = control.workload(name, gateway)
-    found["processes"] = processes.members(found["network"])
+    found["processes"] = processes.members(found["network"], found["guest"])
     if as_json:
         output.as_json(found)
         return
@@ -79,9 +79,9 @@ def kill(
     chosen = _signal(number)
     found = control.workload(name, gateway)
     if chosen == signal.SIGKILL:
-        processes.end(found["network"], lambda: not control.lives(found))
+        processes.end(found["network"], found["guest"], lambda: not control.lives(found))
     else:
-        processes.send(found["network"], chosen)
+        processes.send(found["network"], found["guest"], chosen)
 
 
 def refresh(name: Name, gateway: Gateway = None) -> None:

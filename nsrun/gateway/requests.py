@@ -216,7 +216,9 @@ class Requests:
         others = [live.pid for live in gateway.workloads.live.values()]
         warning = outside.warning(spec.command, uid, others)
         await self._bootstrapped(client, spec.bootstrap_timeout)
-        enter = enter_ops(gateway.spec, gateway.facts, gateway.block, caller, nested, guest=guest)
+        enter = enter_ops(
+            gateway.spec, gateway.facts, gateway.block, caller, nested, spec, guest=guest
+        )
         descriptors = {}
         if guest:
             await client.send({"perform": enter[0], "verbose": spec.verbose})
@@ -226,6 +228,8 @@ class Requests:
                 live = await gateway.workloads.attach(spec, client.pid, client.uid)
         else:
             live, descriptors["network"] = await gateway.workloads.give(spec, client.pid)
+        if spec.timeout:
+            gateway.workloads.limit(live, spec.timeout)
         what = f"of user {client.uid}" if guest else " ".join(spec.command)
         log.info("workload %s: pid %d, %s", live.name, client.pid, what)
         if nested:
@@ -242,6 +246,8 @@ class Requests:
             "effects": live.effects if spec.verbose else (),
             "warning": warning,
         }
+        if spec.env or spec.env_files:
+            answer["env"] = {"files": spec.env_files, "settings": spec.env}
         try:
             await client.send(answer, list(descriptors.values()))
         finally:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
+import re
+import signal
 import socket
 import time
 from collections import Counter
@@ -16,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nsrun import netlink, ruleset
+from nsrun import netlink, processes, ruleset
 from nsrun.apply import Machine, apply
 from nsrun.errors import NsrunError
 from nsrun.gateway.guests import MOST_WORKLOADS
@@ -25,6 +28,9 @@ from nsrun.plan import Workload, option_steps, workload_steps
 from nsrun.spec import Isolation, RunSpec
 from nsrun.steps import AttachNamespace, DropElements, SetElements
 
+log = logging.getLogger(__name__)
+
+GRACE = 5.0  # seconds between the TERM and the KILL of a workload whose time is over
 READY = 3  # made ahead: as many as a shell pipeline of torified commands has
 
 
@@ -46,12 +52,14 @@ class Live:
     guest: int | None = None
     command: tuple[str, ...] = ()
     since: float = 0.0
+    until: float | None = None
+    clock: asyncio.Task[None] | None = None
     isolate: Isolation = "workload"
     socks: bool = False
     identity: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
-        """For ``ttp ps --json``. ``since`` is in seconds of the epoch.
+        """For ``ttp ps --json``. ``since`` and ``until`` are in seconds of the epoch.
 
         ``identity`` is what Tor sees: addresses, or the ranges that each connection has one of.
         """
@@ -66,6 +74,7 @@ class Live:
             "guest": self.guest,
             "command": list(self.command),
             "since": self.since,
+            "until": self.until,
             "link": self.workload.link,
             "network": self.network,
             "address": list(addresses),
@@ -129,15 +138,21 @@ class Workloads:
 
     def _name(self, spec: RunSpec, guest: int | None) -> str:
         """The name of a user's next workload. Raises NsrunError when it is taken."""
-        self._given[guest] += 1
-        name = spec.name or f"{Path(spec.command[0]).name[:20]}-{self._given[guest]}"
-        if any((live.name, live.guest) == (name, guest) for live in self.live.values()):
+        taken = {live.name for live in self.live.values() if live.guest == guest}
+        if spec.name is None:
+            plain = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(spec.command[0]).name)
+            stem = plain.lstrip("_.-")[:20] or "command"
+            while True:
+                self._given[guest] += 1
+                if (name := f"{stem}-{self._given[guest]}") not in taken:
+                    return name
+        if spec.name in taken:
             raise NsrunError(
-                f"name the workload {name}",
+                f"name the workload {spec.name}",
                 "another one of this gateway has that name",
                 "choose another, or leave --name out; ttp ps lists them",
             )
-        return name
+        return spec.name
 
     def _begin(
         self, live: Live, spec: RunSpec, name: str, pid: int, guest: int | None
@@ -179,6 +194,8 @@ class Workloads:
                 self._ready.remove(live)
         if live is not None:
             live.undo.close()
+            if live.clock is not None:
+                live.clock.cancel()
             for address, identity in live.identity.items():
                 self._drop_identity(address, identity)
         return live
@@ -186,6 +203,23 @@ class Workloads:
     def of(self, guest: int | None) -> list[Live]:
         """Those that a user may see: a guest his own; we ourselves (None) all."""
         return [live for live in self.live.values() if guest in (None, live.guest)]
+
+    def limit(self, live: Live, seconds: float) -> None:
+        """End a workload after so many seconds, if it has not ended by itself."""
+        live.until = live.since + seconds
+        live.clock = asyncio.ensure_future(self._end(live, seconds))
+
+    async def _end(self, live: Live, seconds: float) -> None:
+        await asyncio.sleep(seconds)  # what the user asked for
+        log.info("workload %s: its %g s are over", live.name, seconds)
+        who = (live.network, live.guest)
+        await asyncio.to_thread(processes.send, *who, signal.SIGTERM)
+        await asyncio.sleep(GRACE)  # to put its things in order
+        try:
+            link = live.workload.link
+            await asyncio.to_thread(processes.end, *who, lambda: link not in self.live)
+        except NsrunError as error:
+            log.error("workload %s: %s", live.name, error)
 
     def refresh(self, name: str, guest: int | None = None) -> Live:
         """Give the workload ``name`` a new identity, alone (P7). Raises NsrunError if unknown."""
@@ -219,6 +253,8 @@ class Workloads:
     def close(self) -> None:
         for live in [*self._ready, *self.live.values()]:
             live.undo.close()
+            if live.clock is not None:
+                live.clock.cancel()
         self._ready.clear()
         self.live.clear()
 

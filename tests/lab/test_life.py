@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,74 @@ def test_processes_that_multiply_are_killed(lab: Lab) -> None:
         done = lab.ttp("kill", "-s", "KILL", "runaway")
         assert done.returncode == 0, done.stderr
         assert "runaway" not in names(lab)
+
+
+def test_a_command_whose_time_is_over_is_ended(lab: Lab) -> None:
+    """By TERM, its children too; one that is done earlier is left in peace."""
+    started = time.monotonic()
+    done = lab.run("sh", "-c", "sleep 504 & wait", options=["--timeout", "0.5"])
+    assert done.returncode == -signal.SIGTERM
+    assert 0.5 <= time.monotonic() - started < 10
+    assert lab.run("sleep", "0.2", options=["--timeout", "20"]).returncode == 0
+    tidy = "trap 'echo tidy; exit 3' TERM; while :; do sleep 0.05; done"
+    done = lab.run("sh", "-c", tidy, options=["--timeout", "0.5"])
+    assert (done.returncode, done.stdout) == (3, "tidy\n")
+
+
+def test_a_command_that_does_not_heed_term_is_killed(lab: Lab) -> None:
+    """Five seconds later."""
+    deaf = "trap '' TERM; while :; do sleep 0.05; done"
+    with workload(lab, "deaf", "sh", "-c", deaf, options=["--timeout", "0.5"]) as found:
+        assert inspect(lab, "deaf")["until"] == pytest.approx(time.time(), abs=10)
+        assert found.wait(30) == -signal.SIGKILL
+
+
+def test_variables_come_from_files_and_options(lab: Lab) -> None:
+    """After what we set ourselves; a name alone is as it is here."""
+    file = lab.home / "variables"
+    file.write_text("# ours\nONE=from the file\nTWO=2\nHOME=/nowhere\nSSL_CERT_FILE\n")
+    file.chmod(0o644)
+    options = ("--env-file", str(file), "--env", "TWO=zwei", "--env=THREE=", "--env", "HOME")
+    run = (TTP, "run", "-g", lab.name, *options, "--", "env")
+    here = lab.do("env", "-u", "SSL_CERT_FILE", "printenv", "HOME").stdout.strip()
+    done = lab.do("env", "-u", "SSL_CERT_FILE", *run)
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert (found["ONE"], found["TWO"], found["THREE"]) == ("from the file", "zwei", "")
+    assert found["HOME"] == here
+    assert "SSL_CERT_FILE" not in found
+    done = lab.run("no-such-program", options=["--env", "PATH=/nowhere"])
+    assert done.returncode == 127
+
+
+def test_a_command_works_where_it_is_told(lab: Lab) -> None:
+    """--workdir, relative to where we are; not to be reached is an error, not another place."""
+    assert lab.run("pwd", options=["--workdir", "/usr/lib"]).stdout == "/usr/lib\n"
+    run = (TTP, "run", "-g", lab.name, "--workdir", "lib/..", "--", "pwd", "-P")
+    assert lab.do(*run, cwd=Path("/usr")).stdout == "/usr\n"
+    hidden = str(Path(str(lab.gateway()["runtime"])).parent)
+    for directory in ("/no/such/directory", hidden):
+        done = lab.run("pwd", options=["--workdir", directory])
+        assert (done.returncode, done.stdout) == (125, "")
+        assert f"cannot work in {directory}: No such file or directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--env", "=x"], "there is no name"),
+        (["--env-file", "/no/such/file"], "cannot read /no/such/file"),
+        (["--env-file", "/proc/self/mounts"], "/proc/self/mounts:1: "),
+        (["--timeout", "nan"], "--timeout"),
+        (["--timeout", "-1"], "--timeout"),
+    ],
+)
+def test_a_bad_option_starts_nothing(lab: Lab, options: list[str], words: str) -> None:
+    """125, and what is wrong."""
+    done = lab.run("echo", "started", options=options)
+    assert (done.returncode, done.stdout) == (125, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_inspect_is_for_people_too(lab: Lab) -> None:
