@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import json
+import secrets
 import sys
 import tempfile
 import time
@@ -16,6 +18,7 @@ from nsrun.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from nsrun.leak.battery import Bench
     from nsrun.leak.probes import Probe
     from nsrun.leak.results import Result
     from nsrun.leak.verdict import Verdict
@@ -39,6 +42,12 @@ def leaktest(
     list_: Annotated[
         bool, typer.Option("--list", help="List the probes and the defects, and do nothing.")
     ] = False,
+    fuzz: Annotated[
+        int, typer.Option("--fuzz", min=0, help="Send so many random packets instead of probes.")
+    ] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of random packets; the same makes the same ones.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     junit: Annotated[
         File, typer.Option("--junit", help="Write JUnit XML to this file.", dir_okay=False)
@@ -70,6 +79,9 @@ def leaktest(
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ttp-leaktest-") as files:
         bench = battery.Bench(described, _program(), Path(files))
+        if fuzz:
+            _fuzz(bench, fuzz, seed, as_json, pcap)
+            return
         if defect is None:
             found, verdicts = battery.battery(bench, lab, probes, _say)
         else:
@@ -81,6 +93,29 @@ def leaktest(
         pcap.write_bytes(results.evidence(verdicts))
     print(results.as_json(found, verdicts) if as_json else _table(found, verdicts, seconds))
     if results.worst(found) is not Value.CONTAINED:
+        raise typer.Exit(1)
+
+
+def _fuzz(bench: Bench, count: int, seed: int | None, as_json: bool, pcap: Path | None) -> None:
+    from nsrun.leak import fuzzing, results
+    from nsrun.leak.verdict import Value, as_text
+    from nsrun.leak.verdict import as_json as as_dict
+
+    seed = secrets.randbelow(1 << 32) if seed is None else seed
+    found = fuzzing.fuzz(bench, bench.lab.name, seed, count, _say)
+    if pcap is not None:
+        pcap.write_bytes(results.evidence(found.verdicts))
+    if as_json:
+        fields = {name: getattr(found, name) for name in ("value", "seed", "sent", "control")}
+        print(json.dumps({**fields, "reason": found.reason, **as_dict(found.verdicts)}, indent=2))
+    else:
+        print(as_text(found.verdicts))
+        print(
+            f"{found.value}: {found.sent} random packets, --seed {found.seed}; "
+            f"without the guard {found.control} were on the wire"
+            + (f"; {found.reason}" if found.reason else "")
+        )
+    if found.value is not Value.CONTAINED:
         raise typer.Exit(1)
 
 

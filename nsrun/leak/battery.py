@@ -31,7 +31,7 @@ from nsrun.lab import topology
 from nsrun.lab.description import Description
 from nsrun.leak import pcap
 from nsrun.leak.broken import OPEN, Defect
-from nsrun.leak.capture import tap
+from nsrun.leak.capture import Tap, tap
 from nsrun.leak.field import Found, Order
 from nsrun.leak.probes import Control, Expect, Needs, Outcome, Probe, World
 from nsrun.leak.results import Controls, Made, Result, assess, seen_in_control
@@ -117,10 +117,38 @@ def defective(
     return assess(probes, made, verdicts, _controls(bench, gateway, probes, say)), verdicts
 
 
-def guarded(
-    bench: Bench, gateway: str, probes: Sequence[Probe], say: Say
-) -> tuple[dict[str, Made], list[Verdict]]:
-    """Behind the guard: what each sender noticed, and what the wires carried."""
+@dataclass(frozen=True)
+class Scene:
+    """A workload of a gateway that is watched: who is where, and how to be there.
+
+    ``run`` is a command's prefix as a user would have it, ``into`` leads into the network
+    namespace of one workload with all power over it..
+    """
+
+    world: World
+    run: tuple[str, ...]
+    into: tuple[str, ...]
+    taps: dict[str, Tap]
+    allowed: dict[str, Sequence[Rule]]
+
+    def judged(self, *, expect_some: bool) -> list[Verdict]:
+        """``expect_some``: something went through Tor, so the gateway's wire had to carry it."""
+        inside = (self.world.host, self.world.host6, self.world.uplink, self.world.uplink6)
+        return [
+            judge(
+                wire,
+                one.stop(),
+                self.allowed.get(wire, ()),
+                expect_some=expect_some and wire in self.allowed,
+                inside=inside,
+            )
+            for wire, one in self.taps.items()
+        ]
+
+
+@contextmanager
+def scene(bench: Bench, gateway: str) -> Iterator[Scene]:
+    """Two workloads behind a gateway of the lab, decoys behind every door, a tap on every wire."""
     known = _json(bench.ttp, "gateway", "inspect", gateway)
     ours = (topology.GATEWAY, topology.GATEWAY6)
     with ExitStack() as stack:
@@ -142,32 +170,40 @@ def guarded(
             own6=workload["address"][1],
         )
         wires = {name: place for name, place in bench.lab.wires.items() if name != "internet"}
-        taps = {name: stack.enter_context(_tap(bench, place)) for name, place in wires.items()}
+        yield Scene(
+            world,
+            run=(*bench.inside("host"), bench.ttp, "run", "--gateway", gateway, "--"),
+            into=tuple(bench.within(f"/proc/{workload['pid']}/ns/net")),
+            taps={name: stack.enter_context(_tap(bench, place)) for name, place in wires.items()},
+            allowed={"gateway": bench.rules(*ours)},
+        )
+
+
+def guarded(
+    bench: Bench, gateway: str, probes: Sequence[Probe], say: Say
+) -> tuple[dict[str, Made], list[Verdict]]:
+    """Behind the guard: what each sender noticed, and what the wires carried."""
+    with scene(bench, gateway) as here:
         say("behind the guard, as a workload")
-        run = [*bench.inside("host"), bench.ttp, "run", "--gateway", gateway, "--"]
-        made = _make(run, world, [one for one in probes if one.needs is Needs.NOTHING])
+        made = make(here.run, here.world, [one for one in probes if one.needs is Needs.NOTHING])
         say("behind the guard, with raw sockets")
-        into = bench.within(f"/proc/{workload['pid']}/ns/net")
-        made |= _make(into, world, [one for one in probes if one.needs is Needs.NET_RAW])
-        allowed = {"gateway": bench.rules(*ours)}
+        made |= make(here.into, here.world, [one for one in probes if one.needs is Needs.NET_RAW])
         expected = any(one.expect is Expect.TOR for one in probes)
-        verdicts = [
-            judge(
-                name,
-                one.stop(),
-                allowed.get(name, ()),
-                expect_some=expected and name in allowed,
-                inside=(topology.HOST, topology.HOST6, *ours),
-            )
-            for name, one in taps.items()
-        ]
-    return made, verdicts
+        return made, here.judged(expect_some=expected)
 
 
 def unguarded(
     bench: Bench, defect: Defect, probes: Sequence[Probe], say: Say
 ) -> tuple[dict[str, Made], pcap.Capture]:
     """In a gateway with this defect: what each sender noticed, and what its wire carried."""
+    with open_scene(bench, defect) as (world, into, wire):
+        say(f"a gateway with a defect: {defect.title}")
+        return make(into, world, probes), wire.stop()
+
+
+@contextmanager
+def open_scene(bench: Bench, defect: Defect) -> Iterator[tuple[World, Sequence[str], Tap]]:
+    """The like with a gateway that has this defect: the world, the way in, a tap on its wire."""
     name = f"{bench.lab.name[:7]}-bad"
     with ExitStack() as stack:
         found = stack.enter_context(_field(bench, defect, name))
@@ -179,8 +215,7 @@ def unguarded(
         who = {key: value for key, value in asdict(found).items() if not key.endswith("netns")}
         link = {"uplink": OPEN_LINK[0], "uplink6": OPEN_LINK[1]}
         world = replace(bench.world({}, 0, **link, **who), patience=1)  # there is no Tor
-        say(f"a gateway with a defect: {defect.title}")
-        return _make(bench.within(found.own_netns), world, probes), wire.stop()
+        yield world, bench.within(found.own_netns), wire
 
 
 def on_host(
@@ -204,7 +239,7 @@ def on_host(
             own6=topology.HOST6,
         )
         say("on the host, without ttp")
-        return _make(bench.inside("host"), world, probes), wire.stop()
+        return make(bench.inside("host"), world, probes), wire.stop()
 
 
 def _controls(bench: Bench, gateway: str, probes: Sequence[Probe], say: Say) -> Controls:
@@ -222,12 +257,13 @@ def _controls(bench: Bench, gateway: str, probes: Sequence[Probe], say: Say) -> 
 # -- parts --------------------------------------------------------------------------------
 
 
-def _make(prefix: Sequence[str], world: World, probes: Sequence[Probe]) -> dict[str, Made]:
+def make(prefix: Sequence[str], world: World, probes: Sequence[Probe]) -> dict[str, Made]:
+    """Make ``probes`` where ``prefix`` leads: what each sender noticed. Raises NsrunError."""
     names = [one.name for one in probes]
     if not names:
         return {}
     python = (sys.executable, "-m", "nsrun.leak.probes", json.dumps(asdict(world)))
-    done = _run(*prefix, *python, *names)
+    done = program(*prefix, *python, *names)
     lines = [json.loads(line) for line in done.splitlines() if line.startswith("{")]
     made = {line["name"]: Made(Outcome(line["outcome"]), line["why"]) for line in lines}
     if missing := set(names) - set(made):
@@ -312,10 +348,11 @@ def _tap(bench: Bench, place: tuple[str, str]) -> Any:
 
 
 def _json(*command: str) -> Any:
-    return json.loads(_run(*command))
+    return json.loads(program(*command))
 
 
-def _run(*command: str) -> str:
+def program(*command: str) -> str:
+    """Standard output of a command, to which this package can be imported. Raises NsrunError."""
     search = os.pathsep.join(
         filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
     )

@@ -66,3 +66,14 @@ def test_a_probe_that_is_not_there_is_refused(lab: Lab) -> None:
     done = lab.do(TTP, "leaktest", "--lab", lab.name, "no-such-probe")
     assert done.returncode == 2
     assert "no-such-probe" in done.stderr
+
+
+@pytest.mark.promise("P3", "P4", "P5", "P12")
+def test_no_random_packet_gets_out(lab: Lab) -> None:
+    """100,000 of them, the same each time; the gateway works as before, and the control leaks."""
+    code, found = leaktest(lab, "--fuzz", "100000", "--seed", "20140330")
+    assert found["value"] == "contained", found
+    assert code == 0
+    assert found["sent"] > 99_000
+    assert found["control"] > 50
+    assert {wire["wire"] for wire in found["wires"]} == {"gateway", "host", "lan"}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
+from itertools import islice
 from xml.etree import ElementTree
 
 import pytest
 
 from nsrun.leak import pcap, results
 from nsrun.leak.frames import Frame, decode
-from nsrun.leak.probes import Control, Expect, Needs, Outcome, Probe, marks, packets
+from nsrun.leak.probes import Control, Expect, Needs, Outcome, Probe, World, fuzz, marks, packets
 from nsrun.leak.probes.table import PROBES
 from nsrun.leak.results import Made, Result
 from nsrun.leak.verdict import Leak, Value, Verdict
@@ -168,3 +169,15 @@ def test_packets_decode_to_what_they_were_made_of(payload: bytes) -> None:
     decoded = str(seen(packet))
     assert "192.0.2.1.40000 > 198.51.100.2.443" in decoded
     assert "[S.]" in decoded
+
+
+def test_the_seed_makes_the_packets() -> None:
+    """What was found can be found again; another seed makes others."""
+    names = [one.name for one in fields(World) if one.default is MISSING]
+    world = World(**{name: "fd00::1" if name.endswith("6") else "10.0.0.1" for name in names})  # type: ignore[arg-type]  # they are all texts
+    first, again, other = (
+        list(islice(fuzz.frames(world, b"\2" * 6, seed), 500)) for seed in (7, 7, 8)
+    )
+    assert first == again
+    assert first != other
+    assert len({frame[12:14] for frame in first}) > 10
