@@ -84,6 +84,10 @@ def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoRe
     changes = _changes(answer["env"], environment) if "env" in answer else ()
     for effect in answer["effects"] if verbose else ():
         echo(effect)
+    if "sockets" in answer:  # of a strict command, those that it may use
+        from nsrun import strict
+
+        environment = strict.without_doors(environment, answer["sockets"])
     umask = os.umask(0o022)  # what is made for the command, it must be able to read
     for op in answer["enter"]:
         _perform(op, descriptors, verbose)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # typing costs 6 ms
     from typing import Any
 
 WORKLOAD_MARK = "/run/ttp/workload"
+OWN_DEVICES: list[int] = []  # st_dev of the file systems made for this workload by replace()
 
 
 def perform(op: list[Any], descriptors: dict[str, int]) -> None:
@@ -26,9 +27,16 @@ def perform(op: list[Any], descriptors: dict[str, int]) -> None:
     Raises OSError, with the path concerned where there is one.
     """
     verb, *arguments = op
-    if verb in ("join_user", "join_network", "replace_etc", "new_users"):
+    function = _VERBS.get(verb) or _strict_verb(verb)
+    if verb in _WITH_DESCRIPTORS:
         arguments.append(descriptors)
-    _VERBS[verb](*arguments)
+    function(*arguments)
+
+
+def _strict_verb(verb: str) -> Any:
+    from nsrun import init, strict  # what costs others nothing
+
+    return strict.VERBS.get(verb) or init.VERBS[verb]
 
 
 def close_doors() -> None:
@@ -86,11 +94,11 @@ def hide_run(kept: list[str], session: str, session_kept: list[str], uid: int, g
     found = {root: _open_entries(root, kept) for root in roots if os.path.isdir(root)}
     in_session = _open_entries(session, session_kept) if session else []
     for root, entries in found.items():
-        _replace(root, entries, 0o755, 0, 0)
+        replace(root, entries, 0o755, 0, 0)
     if session:
         if not os.path.isdir(session):  # it was below /run, which is empty now
             os.makedirs(session)
-        _replace(session, in_session, 0o700, uid, gid)
+        replace(session, in_session, 0o700, uid, gid)
 
 
 def hide(path: str) -> None:
@@ -119,7 +127,7 @@ def replace_etc(files: dict[str, str], covered: bool, descriptors: dict[str, int
         size = os.fstat(descriptors["ca_bundle"]).st_size
         contents["ssl/certs/ca-certificates.crt"] = os.pread(descriptors["ca_bundle"], size, 0)
     for name, content in contents.items():
-        _write(f"{stage}/{name}", content)
+        write(f"{stage}/{name}", content)
     if covered and not _has_mounts("/etc"):
         try:
             linux.mount("ttp", "/etc", "overlay", linux.MS_RDONLY, f"lowerdir={stage}:/etc")
@@ -130,7 +138,7 @@ def replace_etc(files: dict[str, str], covered: bool, descriptors: dict[str, int
     for name, content in contents.items():
         target = os.path.realpath(f"/etc/{name}")
         if target.startswith("/run/"):  # a link into /run, which is ours
-            _write(target, content)
+            write(target, content)
         elif os.path.exists(target):
             linux.mount(f"{stage}/{name}", target, "", linux.MS_BIND)
 
@@ -216,6 +224,11 @@ def filter_calls(program: str) -> None:
 
 
 _PLAIN = linux.MS_NOSUID | linux.MS_NODEV
+_WITH_DESCRIPTORS = {
+    *("join_user", "join_network", "replace_etc", "new_users"),
+    *("close_all_doors", "hold_sockets", "show_sockets"),
+    *("stay_outside", "stay_as_init", "filter_connects"),
+}
 _VERBS = {
     function.__name__: function
     for function in (
@@ -237,9 +250,9 @@ _VERBS = {
 
 def _map_user(inner: tuple[int, int], outer: tuple[int, int]) -> None:
     """In our new user namespace, user and group ``outer`` are to be ``inner``."""
-    _write("/proc/self/setgroups", b"deny")
-    _write("/proc/self/uid_map", b"%d %d 1" % (inner[0], outer[0]))
-    _write("/proc/self/gid_map", b"%d %d 1" % (inner[1], outer[1]))
+    write("/proc/self/setgroups", b"deny")
+    write("/proc/self/uid_map", b"%d %d 1" % (inner[0], outer[0]))
+    write("/proc/self/gid_map", b"%d %d 1" % (inner[1], outer[1]))
 
 
 def _open_entries(directory: str, names: list[str]) -> list[tuple[str, int]]:
@@ -254,8 +267,10 @@ def _open_entries(directory: str, names: list[str]) -> list[tuple[str, int]]:
     return entries
 
 
-def _replace(directory: str, entries: list[tuple[str, int]], mode: int, uid: int, gid: int) -> None:
+def replace(directory: str, entries: list[tuple[str, int]], mode: int, uid: int, gid: int) -> None:
+    """Mount an empty file system over ``directory``, and ``entries`` (_open_entries) back in it."""
     linux.mount("none", directory, "tmpfs", _PLAIN, f"mode={mode:o},uid={uid},gid={gid}")
+    OWN_DEVICES.append(os.stat(directory).st_dev)
     for name, fd in entries:
         path, source = f"{directory}/{name}", f"/proc/self/fd/{fd}"
         kind = os.fstat(fd).st_mode & 0o170000
@@ -265,7 +280,7 @@ def _replace(directory: str, entries: list[tuple[str, int]], mode: int, uid: int
             if kind == 0o040000:
                 os.mkdir(path)
             else:
-                _write(path, b"")
+                write(path, b"")
             linux.mount(source, path, "", linux.MS_BIND | linux.MS_REC)
         os.close(fd)
 
@@ -275,7 +290,7 @@ def _has_mounts(directory: str) -> bool:
         return any(line.split(" ", 5)[4].startswith(f"{directory}/") for line in mounts)
 
 
-def _write(path: str, content: bytes) -> None:
+def write(path: str, content: bytes) -> None:
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
         os.makedirs(directory)

@@ -10,8 +10,14 @@ from __future__ import annotations
 import posix
 from _ctypes import CFuncPtr, _SimpleCData, addressof, dlopen, dlsym, get_errno
 
+CLONE_FS = 0x00000200
+CLONE_NEWTIME = 0x00000080
 CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
 MS_RDONLY = 0x1
@@ -30,6 +36,7 @@ EINVAL = 22
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
+PR_SET_KEEPCAPS = 8
 PR_SET_SECCOMP = 22
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
@@ -46,6 +53,8 @@ CAPABILITIES = {
     "SETGID": 6,
     "SETUID": 7,
     "NET_BIND_SERVICE": 10,
+    "SYS_CHROOT": 18,
+    "SYS_PTRACE": 19,
     "SYS_NICE": 23,
     "SYS_RESOURCE": 24,
     "LEASE": 28,
@@ -127,17 +136,71 @@ def prctl(option: int, arg2: int = 0, arg3: int = 0) -> None:
     _call("prctl", option, arg2, arg3, 0, 0)
 
 
-def set_seccomp_filter(program: bytes) -> None:
+def set_seccomp_filter(program: bytes, number: int = 0) -> int:
     """Filter this thread's system calls, and its children's, by a BPF program (seccomp(2)).
 
-    Needs no_new_privs. ``program`` is an array of struct sock_filter.
+    Needs no_new_privs. ``program`` is an array of struct sock_filter. With ``number``, that of
+    seccomp(2) on this machine, a descriptor is returned on which the calls are heard that the
+    program answers with SECCOMP_RET_USER_NOTIF (seccomp_unotify(2)); else 0.
     """
-    mode_filter = 2
+    mode_filter, set_mode_filter, new_listener, wait_killable = 2, 1, 8, 32
     code = (_Char * len(program)).from_buffer_copy(program)
     # struct sock_fprog: a length, padding, a pointer
     fields = (len(program) // 8).to_bytes(8, "little") + addressof(code).to_bytes(8, "little")
     header = (_Char * len(fields)).from_buffer_copy(fields)
+    if number:
+        flags = new_listener | wait_killable
+        return _call("syscall", number, set_mode_filter, flags, addressof(header), path="seccomp")
     prctl(PR_SET_SECCOMP, mode_filter, addressof(header))
+    return 0
+
+
+def capset(kept: tuple[str, ...]) -> None:
+    """Have the capabilities ``kept``, effective and permitted, and no other."""
+    mask = sum(1 << CAPABILITIES[name] for name in kept)
+    low, high = mask & 0xFFFF_FFFF, mask >> 32
+    version = 0x20080522  # _LINUX_CAPABILITY_VERSION_3; then the pid, 0 for the caller
+    words = (low, low, 0, high, high, 0)  # effective, permitted, inheritable, twice
+    _call(
+        "capset",
+        version.to_bytes(8, "little"),
+        b"".join(word.to_bytes(4, "little") for word in words),
+    )
+
+
+def setdomainname(name: str) -> None:
+    _call("setdomainname", _bytes(name), len(_bytes(name)))
+
+
+def signalfd(numbers: set[int]) -> int:
+    """A descriptor to read blocked signals from, as struct signalfd_siginfo (128 bytes)."""
+    mask = sum(1 << (number - 1) for number in numbers)
+    return _call("signalfd", -1, mask.to_bytes(128, "little"), 0o2000000)  # SFD_CLOEXEC
+
+
+def pidfd_open(pid: int, flags: int = 0) -> int:
+    return _call("syscall", 434, pid, flags, path="pidfd_open")
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """A duplicate of another process's descriptor; needs the right to trace it."""
+    return _call("syscall", 438, pidfd, fd, 0, path="pidfd_getfd")
+
+
+def connect(fd: int, address: bytes) -> None:
+    """connect(2) with any address, not only those that Python knows how to write."""
+    _call("connect", fd, address, len(address))
+
+
+def set_thread_id(number: int, *ids: int | bytes) -> None:
+    """setresuid(2) and its like, by number: libc's own change all threads, this one changes one."""
+    _call("syscall", number, *ids, path="setresuid")
+
+
+def setfsids(uid: int, gid: int) -> None:
+    """Be ``uid`` and ``gid`` for the file system, in this thread; setfsuid(2) tells no failure."""
+    _call("setfsgid", gid)
+    _call("setfsuid", uid)
 
 
 def drop_bounding(keep: tuple[str, ...] | list[str] = ()) -> None:

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 
 from nsrun import ruleset, seccomp, torrc
 from nsrun.address import AddressBlock, choose_block
+from nsrun.errors import MissingError
 from nsrun.spec import Caller, GatewaySpec, RunSpec
 from nsrun.steps import (
     AttachNamespace,
@@ -48,6 +49,16 @@ SESSION_KEPT = (
     *("wayland-0", "wayland-1", "wayland-0.lock", "wayland-1.lock", "ICEauthority", "xauth"),
     *("ssh-agent.socket", "keyring"),
 )
+
+# What a strict workload sees of /run instead, and what else is its own.
+STRICT_RUN_KEPT = RUN_KEPT[RUN_KEPT.index("booted-system") :]
+STRICT_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108  to be mounted over
+NEUTRAL_ETC = {
+    "hostname": "localhost\n",
+    "hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
+    # that of Whonix and Kicksecure, where every machine has it: what many have tells nothing
+    "machine-id": "b08dfa6083e7567a1921a715000001fb\n",
+}
 
 # capabilities(7) that a command run by root keeps: those over its own files and processes.
 ROOT_KEEPS = (
@@ -271,36 +282,84 @@ def enter_ops(
     ``guest`` says that root shares the gateway with the client's user: the first operation makes
     both namespaces, and the supervisor is told before it plugs a link in.
     """
-    apart = nested or guest
+    apart, strict = nested or guest, spec.strict
+    if strict and facts.machine not in seccomp.STRICT:
+        raise MissingError(
+            "confine the command strictly",
+            f"no filter of system calls is known for {facts.machine}",
+            f"leave out --strict; it knows {', '.join(seccomp.STRICT)}",
+        )
+    ops: list[Op] = [("own_network",)] if guest else []
+    ops.append(("close_all_doors",) if strict else ("close_doors",))
+    if nested:
+        ops.append(("join_user",))
+    if not guest:
+        ops.append(("join_network",))
+    if strict:
+        ops.append(("stay_outside",))
+    ops.append(("new_mounts",))
+    if strict and strict.sockets:
+        ops.append(("hold_sockets", list(strict.sockets)))
+    ops += _files(gateway, facts, block, caller, apart, spec)
+    if caller.uid == 0:
+        ops += [("read_only", "/proc/sys"), ("read_only", "/sys")]
+    ops.append(("new_user", caller.uid, caller.gid) if apart else ("new_users",))
+    if strict:
+        many = caller.uid == 0 and not apart
+        set_ids = list(seccomp.SET_IDS[facts.machine]) if many else []
+        ops.append(("stay_as_init", caller.uid, caller.gid, list(caller.groups), set_ids))
+    ops.append(("drop_capabilities", [] if caller.uid else list(ROOT_KEEPS)))
+    if caller.switched:
+        ops.append(("become", caller.uid, caller.gid, list(caller.groups)))
+    ops.append(("no_new_privileges",))
+    if strict:
+        program, number = seccomp.strict_program(facts.machine), seccomp.STRICT[facts.machine][2]
+        ops.append(("filter_connects", program.hex(), number))
+    else:
+        ops.append(("filter_calls", seccomp.program(facts.machine).hex()))
+    return tuple(ops)
+
+
+def _files(
+    gateway: GatewaySpec,
+    facts: Facts,
+    block: AddressBlock,
+    caller: Caller,
+    apart: bool,
+    spec: RunSpec,
+) -> tuple[Op, ...]:
+    """What the command sees of the file system, in a mount namespace of its own."""
     owner = (0, 0) if apart else (caller.uid, caller.gid)
+    covered = caller.uid != 0
     files = {
         # `search .`: else libc would take the host's own domain and send it to exits
         "resolv.conf": f"nameserver {block.gateway}\nsearch .\n",
         "nsswitch.conf": hosts_by_dns(facts.nsswitch),
     }
     hidden = {_root(gateway.runtime), _root(gateway.state), caller.bus, *caller.own} - {""}
-    ops: list[Op] = [("own_network",)] if guest else []
-    ops.append(("close_doors",))
-    if nested:
-        ops.append(("join_user",))
-    if not guest:
-        ops.append(("join_network",))
-    ops += [
-        ("new_mounts",),
-        ("hide_run", list(RUN_KEPT), caller.runtime_dir, list(SESSION_KEPT), *owner),
-        *(("hide", path) for path in sorted(hidden)),
-        ("replace_etc", files, caller.uid != 0),
-        ("new_sys",),
-        ("come_back",) if spec.workdir is None else ("work_in", spec.workdir),
-    ]
-    if caller.uid == 0:
-        ops += [("read_only", "/proc/sys"), ("read_only", "/sys")]
-    ops.append(("new_user", caller.uid, caller.gid) if apart else ("new_users",))
-    ops.append(("drop_capabilities", [] if caller.uid else list(ROOT_KEEPS)))
-    if caller.switched:
-        ops.append(("become", caller.uid, caller.gid, list(caller.groups)))
-    ops += [("no_new_privileges",), ("filter_calls", seccomp.program(facts.machine).hex())]
-    return tuple(ops)
+    hide = [("hide", path) for path in sorted(hidden)]
+    arrive = ("come_back",) if spec.workdir is None else ("work_in", spec.workdir)
+    if spec.strict is None:
+        return (
+            ("hide_run", list(RUN_KEPT), caller.runtime_dir, list(SESSION_KEPT), *owner),
+            *hide,
+            ("replace_etc", files, covered),
+            ("new_sys",),
+            arrive,
+        )
+    return (
+        ("hide_run", list(STRICT_RUN_KEPT), "", [], *owner),
+        ("own_directories", list(STRICT_DIRECTORIES), caller.runtime_dir, *owner),
+        *hide,
+        ("replace_etc", files | NEUTRAL_ETC, covered),
+        ("new_proc",),
+        ("new_sys_only",),
+        ("new_queues",),
+        ("put_file", "/var/lib/dbus/machine-id", NEUTRAL_ETC["machine-id"]),
+        ("be_anonymous",),
+        ("show_sockets",),
+        arrive,
+    )
 
 
 def _root(directory: str) -> str:

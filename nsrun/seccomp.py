@@ -8,6 +8,10 @@ request_key                has the kernel start a helper outside, which may look
 Classic BPF over struct seccomp_data (seccomp(2)). Calls of
 a foreign architecture that is not listed for the machine are let through: a filter cannot know
 their numbers. On i386 sockets may be made by socketcall(2), whose arguments are out of reach.
+
+The strict filter is for one architecture, and ends a process that uses another. It also refuses
+Unix datagram sockets, which take an address with every message, and leaves each connect(2) to the
+workload's init (nsrun/connects.py), as no filter can read the address.
 """
 
 from __future__ import annotations
@@ -30,9 +34,18 @@ CALLS = {
     "ppc64le": ((0xC0000015, 54, 326, 425, 270),),
 }
 
+# machine -> numbers of connect, socketpair and seccomp, for a strict workload
+STRICT = {"x86_64": (42, 53, 317), "aarch64": (203, 199, 277), "riscv64": (203, 199, 277)}
+# machine -> numbers of setgroups, setresgid and setresuid
+SET_IDS = {"x86_64": (116, 119, 117), "aarch64": (159, 149, 147), "riscv64": (159, 149, 147)}
+AF_UNIX, SOCK_STREAM, SOCK_SEQPACKET = 1, 1, 5
+EACCES = 13
+X32 = 0x40000000  # this bit of a number makes it one of another ABI with the same AUDIT_ARCH
+
 _LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
+_AT_LEAST, _AND = 0x35, 0x54  # BPF_JMP|JGE|K, BPF_ALU|AND|K
 _NUMBER, _ARCH, _FIRST, _SECOND = 0, 4, 16, 24  # offsets; of arguments the low half
-_ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
+_ALLOW, _ERRNO, _NOTIFY, _KILL = 0x7FFF0000, 0x00050000, 0x7FC00000, 0x80000000
 
 Instruction = tuple[int, int, int, int]  # code, skip if true, skip if false, operand
 
@@ -40,16 +53,64 @@ Instruction = tuple[int, int, int, int]  # code, skip if true, skip if false, op
 def program(machine: str) -> bytes:
     """The filter for ``machine`` (uname -m) as an array of struct sock_filter; empty if unknown."""
     code: list[Instruction] = []
-    for arch, ioctl, socket, uring, key in CALLS.get(machine, ()):
-        body = [
-            *_when(ioctl, _SECOND, (TIOCSTI, TIOCLINUX), listed=EPERM, other=0),
-            *_when(socket, _FIRST, FAMILIES, listed=0, other=EAFNOSUPPORT),
-            *_when(uring, _NUMBER, (uring,), listed=ENOSYS, other=0),
-            *_when(key, _NUMBER, (key,), listed=ENOSYS, other=0),
-        ]
+    for arch, *numbers in CALLS.get(machine, ()):
+        body = _doors(*numbers)
         code += [(_LOAD, 0, 0, _ARCH), (_EQUAL, 0, len(body), arch), *body]
     if code:
         code.append((_RETURN, 0, 0, _ALLOW))
+    return _assemble(code)
+
+
+def strict_program(machine: str) -> bytes:
+    """The filter of a strict workload. Raises KeyError if the machine is unknown."""
+    arch, *numbers = CALLS[machine][0]
+    connect, socketpair, _ = STRICT[machine]
+    return _assemble(
+        [
+            (_LOAD, 0, 0, _ARCH),
+            (_EQUAL, 1, 0, arch),
+            (_RETURN, 0, 0, _KILL),
+            (_LOAD, 0, 0, _NUMBER),
+            (_AT_LEAST, 0, 1, X32),
+            (_RETURN, 0, 0, _KILL),
+            (_EQUAL, 0, 1, connect),
+            (_RETURN, 0, 0, _NOTIFY),
+            *_no_datagrams(numbers[1]),
+            *_no_datagrams(socketpair),
+            *_doors(*numbers),
+            (_RETURN, 0, 0, _ALLOW),
+        ]
+    )
+
+
+def _doors(ioctl: int, socket: int, uring: int, key: int) -> list[Instruction]:
+    return [
+        *_when(ioctl, _SECOND, (TIOCSTI, TIOCLINUX), listed=EPERM, other=0),
+        *_when(socket, _FIRST, FAMILIES, listed=0, other=EAFNOSUPPORT),
+        *_when(uring, _NUMBER, (uring,), listed=ENOSYS, other=0),
+        *_when(key, _NUMBER, (key,), listed=ENOSYS, other=0),
+    ]
+
+
+def _no_datagrams(number: int) -> list[Instruction]:
+    """For socket(2) or socketpair(2): of AF_UNIX, only types that must connect to send.
+
+    The kernel makes SOCK_DGRAM of SOCK_RAW; flags are above the lowest four bits.
+    """
+    return [
+        (_LOAD, 0, 0, _NUMBER),
+        (_EQUAL, 0, 7, number),
+        (_LOAD, 0, 0, _FIRST),
+        (_EQUAL, 0, 5, AF_UNIX),
+        (_LOAD, 0, 0, _SECOND),
+        (_AND, 0, 0, 0xF),
+        (_EQUAL, 2, 0, SOCK_STREAM),
+        (_EQUAL, 1, 0, SOCK_SEQPACKET),
+        _answer(EACCES),
+    ]
+
+
+def _assemble(code: list[Instruction]) -> bytes:
     return b"".join(
         op.to_bytes(2, "little") + bytes((yes, no)) + operand.to_bytes(4, "little")
         for op, yes, no, operand in code

@@ -78,6 +78,13 @@ class GatewaySpec:
 
 
 @dataclass(frozen=True)
+class Strict:
+    """Confine an untrusted command; ``sockets`` are paths that it may connect to nevertheless."""
+
+    sockets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """One ``ttp run``. ``user`` is a name or a number; None means the one who calls.
 
@@ -98,6 +105,7 @@ class RunSpec:
     env: tuple[str, ...] = ()
     env_files: tuple[str, ...] = ()
     timeout: float = 0.0
+    strict: Strict | None = None
 
     def __post_init__(self) -> None:
         check_name("gateway", self.gateway)

@@ -16,7 +16,7 @@ from nsrun import client
 from nsrun.cli import settings
 from nsrun.errors import NsrunError, UsageError
 from nsrun.ruleset import HTTP_AT, SOCKS_AT
-from nsrun.spec import GatewaySpec, Isolation, RunSpec
+from nsrun.spec import GatewaySpec, Isolation, RunSpec, Strict
 from nsrun.user import resolve
 
 CONTEXT = {"allow_interspersed_args": False}
@@ -65,6 +65,19 @@ TimeLimit = Annotated[
     float,
     typer.Option("--timeout", min=0, help="End it after so many seconds, by TERM, then KILL."),
 ]
+Strictly = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="For an untrusted command: own processes, /tmp and /run, no socket files outside.",
+    ),
+]
+AllowSocket = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-socket", metavar="PATH", help="With --strict: it may connect to PATH. Repeatable."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every effect, as it happens.")]
 
 
@@ -75,6 +88,8 @@ def request(
     user: User = None,
     no_ipv6: NoIpv6 = False,
     bootstrap_timeout: Timeout = 180.0,
+    strict: Strictly = False,
+    allow_socket: AllowSocket = None,
     verbose: Verbose = False,
     isolate: Isolate = "workload",
     socks: Socks = False,
@@ -84,6 +99,8 @@ def request(
     timeout: TimeLimit = 0.0,
 ) -> RunSpec:
     """The options of every command that runs something: what the command line says, as a value."""
+    if allow_socket and not strict:
+        raise UsageError("allow a socket", "without --strict none is forbidden", "add --strict")
     return RunSpec(
         tuple(command),
         gateway,
@@ -98,11 +115,12 @@ def request(
         env=tuple(env or ()),
         env_files=tuple(env_file or ()),
         timeout=timeout,
+        strict=Strict(tuple(allow_socket or ())) if strict else None,
     )
 
 
 def _check(**option: Any) -> None:
-    request(["true"], **option)
+    request(["true"], **{"strict": True, **option})  # for those that mean nothing without
 
 
 CLASS = settings.settable("run", _check)

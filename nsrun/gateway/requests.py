@@ -214,11 +214,11 @@ class Requests:
         caller, environment = resolve(spec, asked, nested)
         uid = caller.uid if caller.switched else client.uid
         others = [live.pid for live in gateway.workloads.live.values()]
-        warning = outside.warning(spec.command, uid, others)
-        await self._bootstrapped(client, spec.bootstrap_timeout)
+        warning = None if spec.strict else outside.warning(spec.command, uid, others)
         enter = enter_ops(
             gateway.spec, gateway.facts, gateway.block, caller, nested, spec, guest=guest
         )
+        await self._bootstrapped(client, spec.bootstrap_timeout)
         descriptors = {}
         if guest:
             await client.send({"perform": enter[0], "verbose": spec.verbose})
@@ -237,7 +237,7 @@ class Requests:
         if bundle := gateway.spec.ca_bundle:
             descriptors["ca_bundle"] = os.open(bundle, os.O_RDONLY | os.O_CLOEXEC)
             environment |= dict.fromkeys(CA_VARIABLES, CA_FILE)
-        answer = {
+        answer: dict[str, Any] = {
             "descriptors": list(descriptors),
             "enter": enter[1:] if guest else enter,
             "environment": environment,
@@ -248,6 +248,8 @@ class Requests:
         }
         if spec.env or spec.env_files:
             answer["env"] = {"files": spec.env_files, "settings": spec.env}
+        if spec.strict:
+            answer["sockets"] = spec.strict.sockets
         try:
             await client.send(answer, list(descriptors.values()))
         finally:

@@ -15,7 +15,7 @@ from nsrun import ruleset
 from nsrun.address import BLOCKS
 from nsrun.plan import Facts, make_plan
 from nsrun.ruleset import FromInterface, OwnOutput
-from nsrun.spec import Caller, GatewaySpec, LabUplink, RunSpec
+from nsrun.spec import Caller, GatewaySpec, LabUplink, RunSpec, Strict
 
 Golden = Callable[[str, str], None]
 
@@ -57,6 +57,16 @@ PLANS = {
         USERS, replace(FACTS, tor_uid=0, tor_gid=0), USER, nested=True, spec=PLAIN
     ),
     "guest": make_plan(GATEWAY, FACTS, USER, nested=False, spec=PLAIN, guest=4343),
+    "strict": make_plan(
+        USERS,
+        replace(FACTS, tor_uid=0, tor_gid=0),
+        USER,
+        nested=True,
+        spec=replace(PLAIN, strict=Strict(("/tmp/.X11-unix/X0",))),
+    ),
+    "strict-root": make_plan(
+        GATEWAY, FACTS, ROOT, nested=False, spec=replace(PLAIN, strict=Strict())
+    ),
     "lab": make_plan(
         replace(USERS, name="lab", uplinks=(LAB,), torrc="ExitNodes lab1\n"),
         replace(FACTS, tor_uid=0, tor_gid=0, networks=("10.66.0.1/16",)),
