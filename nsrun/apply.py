@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from nsrun import netlink, ruleset
 from nsrun.errors import MissingError, NsrunError, VerifyError
@@ -31,6 +31,7 @@ from nsrun.steps import (
     RemoveFile,
     SetElements,
     SetSysctl,
+    StartRecorder,
     StartTor,
     StartUplink,
     Step,
@@ -47,10 +48,12 @@ class Process(Protocol):
 
 @dataclass
 class Machine:
-    """The effects. ``starters`` make the two long-lived processes; ``echo`` is told every step."""
+    """The effects. ``starters`` make long-lived processes, from their step, by the name that they
+    are stopped by; ``echo`` is told every step.
+    """
 
     namespaces: dict[str, Namespace] = field(default_factory=dict)
-    starters: dict[str, Callable[[StartTor | StartUplink], Process]] = field(default_factory=dict)
+    starters: dict[str, Callable[[Any], Process]] = field(default_factory=dict)
     echo: Callable[[str], None] = lambda _: None
     processes: dict[str, Process] = field(default_factory=dict)
 
@@ -89,10 +92,8 @@ class Machine:
                 _write_file(path, text, mode, uid, gid)
             case RemoveFile(path):
                 Path(path).unlink(missing_ok=True)
-            case StartUplink():
-                self.processes["uplink"] = self.starters["uplink"](step)
-            case StartTor():
-                self.processes["tor"] = self.starters["tor"](step)
+            case StartUplink() | StartTor() | StartRecorder():
+                self.processes[step.name] = self.starters[step.name](step)
             case StopProcess(name):
                 if name in self.processes:
                     self.processes.pop(name).stop()

@@ -64,21 +64,25 @@ def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoRe
     and RefusedError when it refuses. After that there is no way back: an error ends the process
     with 125, 126 or 127.
     """
-    server = send(
-        reach(gateway),
-        {
-            "do": "run",
-            "version": __version__,
-            "arguments": arguments,
-            "defaults": defaults,
-            "caller": caller(),
-        },
-    )
+    request = {
+        "do": "run",
+        "version": __version__,
+        "arguments": arguments,
+        "defaults": defaults,
+        "caller": caller(),
+    }
+    server = send(reach(gateway), request)
     from nsrun import enter  # noqa: F401  now: it takes a millisecond, and so does the supervisor
 
     answer, descriptors = receive(server)
+    if recorded := answer.get("record"):
+        os.close(descriptors["supervisor"])
+        from nsrun import parent
+
+        files = parent.record(recorded)  # from here on we are a child, who asks again
+        answer, descriptors = receive(send(reach(gateway), request, files))
     if warning := answer["warning"]:
-        _complain("ttp: {}\nhint: {}\n".format(*warning))
+        complain("ttp: {}\nhint: {}\n".format(*warning))
     verbose = answer["verbose"]
     environment = _environment()  # now: later /proc/self is not ours to read
     changes = _changes(answer["env"], environment) if "env" in answer else ()
@@ -98,6 +102,8 @@ def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoRe
             environment.pop(name, None)
         else:
             environment[name] = value
+    if recorded:
+        parent.die_with_us()
     _exec(answer["command"], environment)
 
 
@@ -109,9 +115,15 @@ def ask(server: _socket.socket, request: dict[str, Any]) -> tuple[dict[str, Any]
     return receive(send(server, request))
 
 
-def send(server: _socket.socket, request: dict[str, Any]) -> _socket.socket:
-    """Send one request to a supervisor. Raises NotHereError."""
+def send(
+    server: _socket.socket, request: dict[str, Any], files: dict[str, int] | None = None
+) -> _socket.socket:
+    """Send one request, and open ``files`` by name, to a supervisor. Raises NotHereError."""
     try:
+        if files:
+            request = {**request, "descriptors": list(files)}
+            rights = b"".join(fd.to_bytes(4, "little") for fd in files.values())
+            server.sendmsg([b" "], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
         server.sendall((_encode(request) + "\n").encode())
     except ConnectionError:  # it has ended, or refused us without a look at what we ask
         try:
@@ -244,7 +256,7 @@ def fail(failure: RefusedError) -> NoReturn:
     lines = f"ttp: cannot {failure.doing}: {failure.cause}\n"
     if failure.hint:
         lines += f"hint: {failure.hint}\n"
-    _complain(lines)
+    complain(lines)
     raise SystemExit(failure.code)
 
 
@@ -326,11 +338,11 @@ def _exec(command: list[str], environment: dict[str, str]) -> NoReturn:
             code, cause = NOT_EXECUTABLE, error.strerror or str(error)
             if error.errno == 8:  # ENOEXEC: a script without a first line is the shell's
                 os.execve("/bin/sh", ["sh", path, *command[1:]], environment)
-    _complain(f"ttp: cannot run {program}: {cause}\n")
+    complain(f"ttp: cannot run {program}: {cause}\n")
     raise SystemExit(code)
 
 
-def _complain(text: str) -> None:
+def complain(text: str) -> None:
     try:
         os.write(2, text.encode("utf-8", "surrogateescape"))
     except OSError:

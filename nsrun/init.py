@@ -94,7 +94,7 @@ def _wait(inside: _socket.socket, pid: int, every: set[int]) -> NoReturn:
                 told = message[:1] == ENDED
                 status = int.from_bytes(message[1:], "little") if told else os.waitpid(pid, 0)[1]
                 _take_back(terminal)
-                _end(status)
+                end(status)
 
 
 def _send(peer: _socket.socket, message: bytes) -> None:
@@ -131,7 +131,8 @@ def _take_back(terminal: int) -> None:
         pass  # no terminal, or somebody else has it
 
 
-def _end(status: int) -> NoReturn:
+def end(status: int) -> NoReturn:
+    """End as a child did, by an exit code or by a signal; ``status`` is that of waitpid(2)."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         linux.prctl(linux.PR_SET_DUMPABLE, 0)  # if there is a core to dump, it is the command's

@@ -24,6 +24,7 @@ from nsrun.steps import (
     MakeNamespace,
     SetElements,
     SetSysctl,
+    StartRecorder,
     StartTor,
     StartUplink,
     Step,
@@ -252,6 +253,8 @@ def option_steps(workload: Workload, spec: RunSpec) -> tuple[Step, ...]:
         to = "to 127.0.0.1/32 ipproto tcp dport"
         rules = tuple(f"rule add pref 0 {to} {port} lookup 53" for port in ports)
         steps.append(Ip("workload", rules))
+    if spec.pcap:
+        steps.append(StartRecorder(workload.link, spec.pcap))
     return tuple(steps)
 
 

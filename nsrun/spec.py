@@ -88,8 +88,9 @@ class Strict:
 class RunSpec:
     """One ``ttp run``. ``user`` is a name or a number; None means the one who calls.
 
-    ``socks`` asks for Tor's proxies on loopback. ``env`` is NAME=VALUE or NAME, after the files of
-    ``env_files``. ``timeout`` is in seconds; with 0 the command may run for ever.
+    ``socks`` asks for Tor's proxies on loopback, ``pcap`` is a file to record the link in. ``env``
+    is NAME=VALUE or NAME, after the files of ``env_files``. ``timeout`` is in seconds; with 0 the
+    command may run for ever.
     """
 
     command: tuple[str, ...]
@@ -106,6 +107,7 @@ class RunSpec:
     env_files: tuple[str, ...] = ()
     timeout: float = 0.0
     strict: Strict | None = None
+    pcap: str = ""
 
     def __post_init__(self) -> None:
         check_name("gateway", self.gateway)
@@ -116,6 +118,9 @@ class RunSpec:
                 raise UsageError(f"set {setting!r}", "there is no name", "--env NAME=VALUE")
         if self.name is not None:
             check_name("workload", self.name)
+        if self.pcap == "-":
+            cause = "standard output is the command's"
+            raise UsageError("write the capture to -", cause, "a file; or --pcap /dev/stdout")
         if not self.command:
             raise UsageError("run", "no command given", "ttp run -- COMMAND [ARGUMENTS…]")
 

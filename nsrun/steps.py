@@ -179,6 +179,8 @@ class StartUplink:
 
     candidates: tuple[str | LabUplink, ...]
 
+    name = "uplink"
+
     def describe(self) -> str:
         names = [
             c if isinstance(c, str) else f"lab ({c.address} on {c.bridge})" for c in self.candidates
@@ -186,7 +188,7 @@ class StartUplink:
         return f"start uplink: {', else '.join(names)}"
 
     def undo(self) -> Step | None:
-        return StopProcess("uplink")
+        return StopProcess(self.name)
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ class StartTor:
     torrc: str
     uid: int
     gid: int
+
+    name = "tor"
 
     def command(self) -> tuple[str, ...]:
         """The whole command line: setpriv(1) gives up what Tor does not need, then execs it."""
@@ -210,7 +214,23 @@ class StartTor:
         return f"ip netns exec gateway {' '.join(self.command())}"
 
     def undo(self) -> Step | None:
-        return StopProcess("tor")
+        return StopProcess(self.name)
+
+
+@dataclass(frozen=True)
+class StartRecorder:
+    """All that goes over ``link``, until its end, into ``file``, which the client has opened."""
+
+    link: str
+    file: str
+
+    name = "recorder"
+
+    def describe(self) -> str:
+        return f"ip netns exec gateway tcpdump -i {self.link} -w {self.file}"
+
+    def undo(self) -> Step | None:
+        return StopProcess(self.name)
 
 
 @dataclass(frozen=True)
@@ -238,5 +258,6 @@ Step = (
     | RemoveFile
     | StartUplink
     | StartTor
+    | StartRecorder
     | StopProcess
 )

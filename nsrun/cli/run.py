@@ -48,6 +48,15 @@ Socks = Annotated[
         f"HTTP CONNECT at 127.0.0.1:{HTTP_AT}.",
     ),
 ]
+Pcap = Annotated[
+    str,
+    typer.Option(
+        "--pcap",
+        metavar="FILE",
+        show_default=False,
+        help="Record what the command sends and receives, for tcpdump and wireshark.",
+    ),
+]
 Workdir = Annotated[
     str | None, typer.Option("--workdir", metavar="DIR", help="Directory to run in; else this one.")
 ]
@@ -97,6 +106,7 @@ def request(
     env: Env = None,
     env_file: EnvFile = None,
     timeout: TimeLimit = 0.0,
+    pcap: Pcap = "",
 ) -> RunSpec:
     """The options of every command that runs something: what the command line says, as a value."""
     if allow_socket and not strict:
@@ -116,6 +126,7 @@ def request(
         env_files=tuple(env_file or ()),
         timeout=timeout,
         strict=Strict(tuple(allow_socket or ())) if strict else None,
+        pcap=pcap,
     )
 
 

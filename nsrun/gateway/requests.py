@@ -206,6 +206,13 @@ class Requests:
         if spec is None or spec.gateway != gateway.spec.name:
             await client.send({"elsewhere": True})
             return
+        if spec.pcap and client.guest:
+            hint = "use one of your own: ttp gateway up NAME"
+            raise UsageError("record on this gateway", "it takes no file of another user", hint)
+        files = dict(zip(request.get("descriptors", ()), client.descriptors, strict=False))
+        if spec.pcap and not files:  # the client opens it: it is his file, not ours
+            await client.send({"record": spec.pcap, "descriptors": []})
+            return
         guest, asked, nested = client.guest, request["caller"], False
         if guest:
             asked = guests.caller(client.uid, client.gid, client.groups, asked)
@@ -227,7 +234,7 @@ class Requests:
             async with turn:
                 live = await gateway.workloads.attach(spec, client.pid, client.uid)
         else:
-            live, descriptors["network"] = await gateway.workloads.give(spec, client.pid)
+            live, descriptors["network"] = await gateway.workloads.give(spec, client.pid, files)
         if spec.timeout:
             gateway.workloads.limit(live, spec.timeout)
         what = f"of user {client.uid}" if guest else " ".join(spec.command)

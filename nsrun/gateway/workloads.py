@@ -15,22 +15,26 @@ import signal
 import socket
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from nsrun import netlink, processes, ruleset
 from nsrun.apply import Machine, apply
 from nsrun.errors import NsrunError
 from nsrun.gateway.guests import MOST_WORKLOADS
+from nsrun.gateway.recording import Recording
 from nsrun.netns import Namespace
 from nsrun.plan import Workload, option_steps, workload_steps
 from nsrun.spec import Isolation, RunSpec
-from nsrun.steps import AttachNamespace, DropElements, SetElements
+from nsrun.steps import AttachNamespace, DropElements, SetElements, Step
 
 log = logging.getLogger(__name__)
 
 GRACE = 5.0  # seconds between the TERM and the KILL of a workload whose time is over
+NOTHING: Mapping[str, int] = {}
 READY = 3  # made ahead: as many as a shell pipeline of torified commands has
 
 
@@ -100,10 +104,13 @@ class Workloads:
         while len(self._ready) < READY:
             self._ready.append(await self._make())
 
-    async def give(self, spec: RunSpec, pid: int) -> tuple[Live, int]:
+    async def give(
+        self, spec: RunSpec, pid: int, files: Mapping[str, int] = NOTHING
+    ) -> tuple[Live, int]:
         """A workload and a descriptor of its namespace, which the caller must close.
 
-        Raises NsrunError when the name is taken.
+        ``files`` are the open ones of a recording: see Recording. Raises NsrunError when the name
+        is taken, or when something that was asked for cannot be had.
         """
         live = self._ready.pop(0) if self._ready else await self._make()
         try:
@@ -111,7 +118,7 @@ class Workloads:
         except NsrunError:
             self._ready.append(live)
             raise
-        namespace = self._begin(live, spec, name, pid, None)
+        namespace = await self._begin(live, spec, name, pid, None, files)
         fd = os.dup(namespace.fd)
         # from here on only the descriptor, and the command, keep it alive; the client goes first
         asyncio.get_running_loop().call_soon(namespace.close)
@@ -133,7 +140,7 @@ class Workloads:
             live.undo.close()
             raise
         # from here on only the client, and its command, keep the namespace alive
-        self._begin(live, spec, name, pid, guest).close()
+        (await self._begin(live, spec, name, pid, guest, NOTHING)).close()
         return live
 
     def _name(self, spec: RunSpec, guest: int | None) -> str:
@@ -154,29 +161,31 @@ class Workloads:
             )
         return spec.name
 
-    def _begin(
-        self, live: Live, spec: RunSpec, name: str, pid: int, guest: int | None
+    async def _begin(
+        self,
+        live: Live,
+        spec: RunSpec,
+        name: str,
+        pid: int,
+        guest: int | None,
+        files: Mapping[str, int],
     ) -> Namespace:
-        """Give a workload what was asked for, and enter it into the books.
+        """Enter a workload into the books, and give it what was asked for.
 
         Its namespace is now the caller's to let go of. Raises NsrunError.
         """
-        effects: list[str] = []
-        live.machine.echo = effects.append
-        try:
-            live.undo.enter_context(apply(option_steps(live.workload, spec), live.machine.do))
-        except NsrunError:
-            live.undo.close()
-            raise
-        live.machine.echo = lambda _: None
-        live.effects += tuple(effects)
         live.isolate, live.socks = spec.isolate, spec.socks
-        namespace = live.machine.namespaces.pop("workload")
-        live.network = os.fstat(namespace.fd).st_ino
+        live.network = os.fstat(live.machine.namespaces["workload"].fd).st_ino
         live.name, live.pid, live.guest = name, pid, guest
         live.command, live.since = spec.command, time.time()
-        self.live[live.workload.link] = live
-        return namespace
+        self.live[live.workload.link] = live  # now: nobody else may take the name
+        if steps := option_steps(live.workload, spec):
+            try:
+                await asyncio.to_thread(self._add, live, steps, files)
+            except NsrunError:
+                self.ended(live.workload.link)
+                raise
+        return live.machine.namespaces.pop("workload")
 
     def missing(self) -> list[str]:
         """Links of workloads that are no more, by looking at those that are."""
@@ -280,6 +289,14 @@ class Workloads:
         undo = apply(workload_steps(workload, own), machine.do)
         machine.echo = lambda _: None
         return Live(workload, machine, undo, tuple(effects))
+
+    def _add(self, live: Live, steps: tuple[Step, ...], files: Mapping[str, int]) -> None:
+        effects: list[str] = []
+        live.machine.echo = effects.append
+        live.machine.starters["recorder"] = partial(Recording, self._gateway, files)
+        live.undo.enter_context(apply(steps, live.machine.do))
+        live.machine.echo = lambda _: None
+        live.effects += tuple(effects)
 
     def _drop_identity(self, address: str, identity: str) -> None:
         text = ruleset.drop_identity(address, identity)

@@ -151,12 +151,9 @@ class _Wire:
     def pump(self) -> None:
         """Write what has arrived. Raises OSError when the file cannot be written."""
         for block in self.ring.blocks():
-            parts = []
-            for seconds, nanoseconds, length, data in block:
-                parts += [pcap.RECORD.pack(seconds, nanoseconds, len(data), length), data]
-                if data == self._awaited:
-                    self._awaited = b""
-            self._file.write(b"".join(parts))
+            if any(data == self._awaited for _, _, _, data in block):
+                self._awaited = b""
+            self._file.write(pcap.records(block))
             self._seen += len(block)
 
     def start(self, late: float) -> None:

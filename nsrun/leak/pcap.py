@@ -38,8 +38,27 @@ class Capture:
         return any(frame.body == frames.Marker(self.token, start) for frame in self.frames)
 
 
-def header(linktype: int) -> bytes:
-    return _HEADER.pack(_MAGIC, 2, 4, 0, 0, SNAP_LENGTH, linktype)
+def header(linktype: int, snap_length: int = SNAP_LENGTH) -> bytes:
+    return _HEADER.pack(_MAGIC, 2, 4, 0, 0, snap_length, linktype)
+
+
+def records(packets: Iterable[tuple[int, int, int, bytes]]) -> bytes:
+    """Seconds, nanoseconds, bytes on the wire and the first of them, as a file has them."""
+    parts = []
+    for seconds, nanoseconds, length, data in packets:
+        parts += [RECORD.pack(seconds, nanoseconds, len(data), length), data]
+    return b"".join(parts)
+
+
+def whole(data: bytes, limit: int) -> int:
+    """How many of the first ``limit`` bytes of ``records()`` are whole records."""
+    place = 0
+    while place + RECORD.size <= limit:
+        end = place + RECORD.size + RECORD.unpack_from(data, place)[2]
+        if end > limit:
+            break
+        place = end
+    return place
 
 
 def load(content: bytes) -> tuple[tuple[frames.Frame, ...], str]:
@@ -66,8 +85,6 @@ def dump(selected: Iterable[frames.Frame]) -> bytes:
     """A pcap of frames of one capture, as evidence for wireshark(1) and the like."""
     chosen = tuple(selected)
     raw = bool(chosen) and all(frame.ethernet is None for frame in chosen)
-    parts = [header(LINKTYPE_RAW if raw else LINKTYPE_ETHERNET)]
-    for frame in chosen:
-        seconds, nanoseconds = divmod(frame.time_ns, 1_000_000_000)
-        parts += [RECORD.pack(seconds, nanoseconds, len(frame.data), frame.length), frame.data]
-    return b"".join(parts)
+    return header(LINKTYPE_RAW if raw else LINKTYPE_ETHERNET) + records(
+        (*divmod(frame.time_ns, 1_000_000_000), frame.length, frame.data) for frame in chosen
+    )

@@ -86,13 +86,21 @@ class Ring:
         """Refuse every further packet, so that the counts come to rest."""
         self._filter((_RETURN, 0, 0, 0))
 
-    def empty(self) -> bool:
-        """Whether every packet that the kernel counted was taken, or counted as dropped."""
+    def offered(self) -> int:
+        """How many packets the kernel has counted so far."""
         raw = self.socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 12)
         offered, dropped, _ = struct.unpack("=III", raw)  # reading resets them
         self._offered += offered
         self.dropped += dropped
-        return self._taken + self.dropped >= self._offered
+        return self._offered
+
+    def handed_over(self, count: int) -> bool:
+        """Whether the first ``count`` packets were taken, or counted as dropped."""
+        return self._taken + self.dropped >= count
+
+    def empty(self) -> bool:
+        """Whether every packet that the kernel counted was taken, or counted as dropped."""
+        return self.handed_over(self.offered())
 
     def interface(self) -> str:
         """The present name of the interface; empty once it was removed from this namespace."""

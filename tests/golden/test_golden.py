@@ -72,7 +72,7 @@ PLANS = {
         replace(FACTS, tor_uid=0, tor_gid=0, networks=("10.66.0.1/16",)),
         USER,
         nested=True,
-        spec=RunSpec(("true",), isolate="destination", socks=True, ipv6=False),
+        spec=RunSpec(("true",), isolate="destination", socks=True, ipv6=False, pcap="f.pcap"),
     ),
 }
 

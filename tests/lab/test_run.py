@@ -182,9 +182,11 @@ def test_sockets_of_the_host_are_not_inherited(lab: Lab) -> None:
     assert with_us[1] == without[1]
 
 
-def test_a_terminal_is_the_commands_own(lab: Lab) -> None:
-    """Size and its changes, stop and continue, Ctrl-C: the command is the job, not its child."""
-    command = lab.command(TTP, "run", "-g", lab.name, "--", "sh", "-c")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_terminal_is_the_commands_own(lab: Lab, recorded: bool) -> None:
+    """Size and its changes, stop and continue, Ctrl-C: the command is the job, or seems to be."""
+    options = ["--pcap", f"{lab.home}/terminal.pcap"] if recorded else []
+    command = lab.command(TTP, "run", "-g", lab.name, *options, "--", "sh", "-c")
     terminal = Terminal(
         [*command, "stty size; trap 'stty size' WINCH; echo up; while :; do sleep 0.1; done"]
     )

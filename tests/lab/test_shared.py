@@ -149,6 +149,21 @@ def test_a_member_uses_it_without_privilege_or_tor(lab: Lab, alice: Person) -> N
     assert "ip netns attach workload" in alice.ttp("plan", "-g", alice.gateway, "--", "true").stdout
 
 
+@pytest.mark.promise("P5", "P7")
+def test_a_member_has_the_options_of_ones_own_gateway(alice: Person) -> None:
+    """But for the recording: root's supervisor takes no file of another user's."""
+    run = ("run", "-g", alice.gateway)
+    fetch = ("curl", "-sS", "--max-time", "20", PLAIN_ORACLE)
+    for isolate in ("destination", "connection"):
+        done = alice.ttp(*run, "--isolate", isolate, "--socks", "--", *fetch)
+        assert json.loads(done.stdout)["IsTor"] is True, done.stderr
+    file = alice.home / "file.pcap"
+    refused = alice.ttp(*run, "--pcap", str(file), "--", "true")
+    assert refused.returncode == 125
+    assert "takes no file of another user" in refused.stderr
+    assert not file.exists()
+
+
 @pytest.mark.promise("P3", "P5")
 def test_what_leaves_is_tor_alone(lab: Lab, alice: Person) -> None:
     """Probes of a member: on the wires of the gateway's host, and of the real one, nothing."""

@@ -73,6 +73,12 @@ def test_run_needs_a_command() -> None:
         RunSpec(())
 
 
+def test_a_capture_cannot_go_where_the_commands_output_goes() -> None:
+    """What tcpdump calls - would be mixed with it."""
+    with pytest.raises(UsageError, match="standard output is the command's"):
+        RunSpec(("true",), pcap="-")
+
+
 @pytest.mark.parametrize("option", REFUSED)
 def test_a_fragment_may_not_set(option: str) -> None:
     """In any case, with a prefix, or shortened as Tor would still take it."""
