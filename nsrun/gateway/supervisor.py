@@ -27,7 +27,7 @@ from nsrun.apply import Machine, apply
 from nsrun.errors import NsrunError
 from nsrun.gateway import uplink
 from nsrun.gateway.requests import Parse, Requests, listen
-from nsrun.gateway.tor import Progress, Tor
+from nsrun.gateway.tor import Progress, Tor, learn_control
 from nsrun.gateway.workloads import Workloads, gone_links, link_monitor
 from nsrun.plan import LINK_PREFIX, Workload, gateway_steps
 from nsrun.plan import UPLINK as UPLINK_LINK
@@ -66,6 +66,7 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.end)
+        self._loop.run_in_executor(None, learn_control)  # 80 ms, while the uplink starts
         server = listen(f"{self.spec.runtime}/api", self.spec.group)  # first: who comes early waits
         try:
             with server, apply(gateway_steps(self.spec, self.facts, self.block), self.machine.do):

@@ -105,7 +105,7 @@ class Tor:
             self.pidfd = -1
 
     def _listen(self, log: str, begin: int) -> None:
-        from stem import SocketError  # 70 ms
+        from stem import SocketError
         from stem.control import Controller, EventType
 
         deadline = time.monotonic() + 20
@@ -143,6 +143,11 @@ class Tor:
             STALLS.get(reason, arguments.get("WARNING", "")),
         )
         self._changed()
+
+
+def learn_control() -> None:
+    """Load what speaks Tor's control protocol, in a thread, before it is needed."""
+    import stem.control  # noqa: F401
 
 
 class _Told(threading.Event):
