@@ -165,6 +165,8 @@ def _table(found: Sequence[Result], verdicts: Sequence[Verdict], seconds: float)
         lines.append("  ".join(cells).rstrip())
         if one is not None and one.reason:
             lines += [f"    {one.reason}", *(f"    {line}" for line in one.evidence[:5])]
+            if one.guards:
+                lines.append(f"    not stopped by: {'; '.join(one.guards)}")
     controls = sum(bool(one.control) for one in found)
     packets = sum(verdict.judged for verdict in verdicts)
     lines.append(

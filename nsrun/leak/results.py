@@ -29,7 +29,10 @@ class Made:
 
 @dataclass(frozen=True)
 class Result:
-    """What is said of one probe. ``control`` is where its control was seen, or empty."""
+    """What is said of one probe. ``control`` is where its control was seen, or empty.
+
+    ``guards`` are what of a gateway should have stopped it.
+    """
 
     name: str
     title: str
@@ -39,6 +42,7 @@ class Result:
     control: str
     reason: str = ""
     evidence: tuple[str, ...] = ()
+    guards: tuple[str, ...] = ()
 
 
 Controls = Mapping[str, tuple[Mapping[str, Made], pcap.Capture]]
@@ -58,14 +62,19 @@ def assess(
     for probe in probes:
         mine = _of(probe, leaks)
         explained |= set(mine)
-        own = tuple(f"{leaks[i].wire}: {leaks[i].frame}" for i in mine)
+        own = tuple(_told(leaks[i]) for i in mine)
         control = seen_in_control(probe, controls)
         value, reason = _judge(probe, made[probe.name], own, control, unwatched)
         outcome = made[probe.name].outcome
         known = (probe.name, probe.title, probe.promises)
-        results.append(Result(*known, value, outcome, control, reason, own))
+        guards = leaks[mine[0]].guards if mine else ()
+        results.append(Result(*known, value, outcome, control, reason, own, guards))
     strangers = [leak for i, leak in enumerate(leaks) if i not in explained]
     return [*results, *([_strangers(strangers)] if strangers else [])]
+
+
+def _told(leak: Leak) -> str:
+    return f"{leak.time} {leak.wire}: {leak.frame}"
 
 
 def _of(probe: Probe, leaks: Sequence[Leak]) -> list[int]:
@@ -127,7 +136,7 @@ def _judge(
 
 
 def _strangers(leaks: Sequence[Leak]) -> Result:
-    evidence = tuple(f"{leak.wire}: {leak.frame}" for leak in leaks)
+    evidence = tuple(_told(leak) for leak in leaks)
     reason = f"{len(leaks)} packets that no probe accounts for"
     promises = tuple(sorted({f"P{leak.promise}" for leak in leaks}))
     return Result(
@@ -174,5 +183,6 @@ def as_junit(results: Sequence[Result]) -> str:
         if result.value is not Value.CONTAINED:
             kind = "failure" if result.value is Value.LEAK else "error"
             problem = ElementTree.SubElement(case, kind, message=result.reason)
-            problem.text = "\n".join(result.evidence)
+            guards = [f"not stopped by: {guard}" for guard in result.guards]
+            problem.text = "\n".join([*result.evidence, *guards])
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"

@@ -111,6 +111,21 @@ class Leak:
         seconds, nanoseconds = divmod(self.frame.time_ns, 1_000_000_000)
         return f"{datetime.fromtimestamp(seconds, UTC):%H:%M:%S}.{nanoseconds // 1000:06}"
 
+    @property
+    def guards(self) -> tuple[str, ...]:
+        """What of a gateway should have stopped it, in order: comments of its rules, a switch."""
+        match self.frame.body:
+            case Ip(version=version, protocol=6, body=Tcp() | None):
+                return (f"P1 TCP goes to Tor, ipv{version}", "P3 other TCP is refused", SWITCH)
+            case Ip(version=version, body=Udp(target_port=53)):
+                return (f"P2 DNS goes to Tor, ipv{version}", "P3 all else is refused", SWITCH)
+            case Ip():
+                return ("P3 all else is refused", SWITCH)
+        return ("no bridge: a gateway routes IP and nothing else",)
+
+
+SWITCH = "ip_forward=0"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -180,6 +195,7 @@ def as_text(verdicts: Sequence[Verdict]) -> str:
         lines += [f"  not proven: {reason}" for reason in verdict.reasons]
         for leak in verdict.leaks[:SHOWN]:
             lines.append(f"  {leak.time}  P{leak.promise}  {leak.frame}")
+            lines.append(f"    not stopped by: {'; '.join(leak.guards)}")
         if (hidden := len(verdict.leaks) - SHOWN) > 0:
             lines.append(f"  … and {hidden} more")
         broken = sorted({leak.promise for leak in verdict.leaks})
@@ -204,6 +220,7 @@ def _as_dict(verdict: Verdict) -> dict[str, Any]:
                 "time_ns": leak.frame.time_ns,
                 "promise": leak.promise,
                 "packet": str(leak.frame),
+                "guards": list(leak.guards),
                 "bytes": leak.frame.data.hex(),
             }
             for leak in verdict.leaks

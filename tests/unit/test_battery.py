@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from nsrun import ruleset
+from nsrun.address import BLOCKS
 from nsrun.leak import pcap, results
 from nsrun.leak.frames import Frame, decode
 from nsrun.leak.probes import Control, Expect, Needs, Outcome, Probe, World, fuzz, marks, packets
@@ -181,3 +183,16 @@ def test_the_seed_makes_the_packets() -> None:
     assert first == again
     assert first != other
     assert len({frame[12:14] for frame in first}) > 10
+
+
+@pytest.mark.parametrize("name", ["udp", "tcp", "dns-udp"])
+def test_a_leak_names_the_rules_that_should_have_stopped_it(name: str) -> None:
+    """By the comments that a gateway's ruleset really has."""
+    policy = ruleset.gateway_policy(BLOCKS[0], 0)
+    text = ruleset.render(policy, ruleset.FromInterface("w", "uplink"))
+    port, protocol = {"udp": (7, 17), "tcp": (80, 6), "dns-udp": (53, 17)}[name]
+    ends = ("10.64.0.2", "11.77.0.1")
+    body = packets.tcp(*ends, 1, port, 2) if protocol == 6 else packets.udp(*ends, 1, port, b"")
+    guards = Leak("gateway", seen(packets.ipv4(*ends, protocol, body)), 3).guards
+    assert guards[-1] == "ip_forward=0"
+    assert all(f'comment "{guard}"' in text for guard in guards[:-1])

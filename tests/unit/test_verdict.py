@@ -190,7 +190,7 @@ def test_the_worst_wire_decides_and_no_wire_proves_nothing() -> None:
 
 
 def test_the_text_is_for_people() -> None:
-    """Counts by rule, each leak decoded with its time and promise, doubts, and the sum."""
+    """Counts by rule; each leak with its time, promise and guards; doubts, and the sum."""
     udp = replace(HELLO, protocol=17, body=Udp(4000, 53, "A? example.org"))
     good = judge("uplink", capture(frame(HELLO), frame(HELLO)), ALLOW)
     bad = judge("lan", replace(capture(frame(udp)), dropped=1), ALLOW)
@@ -199,6 +199,7 @@ def test_the_text_is_for_people() -> None:
         "lan: leak: 3 packets judged: 2 by our own taps, 1 that had no business here",
         "  not proven: the tap lost 1 packet",
         "  22:13:20.123456  P2  IP 10.0.0.2.4000 > 192.0.2.1.53: udp, A? example.org, length 74",
+        "    not stopped by: P2 DNS goes to Tor, ipv4; P3 all else is refused; ip_forward=0",
         "  P2: DNS is answered only by Tor's DNSPort",
         "leak: 2 wires watched",
     ]
@@ -225,6 +226,7 @@ def test_the_json_is_complete_and_plain() -> None:
             "time_ns": 1_700_000_000_123_456_789,
             "promise": 1,
             "packet": "IP 10.0.0.2.4000 > 192.0.2.1.9001: tcp [S], length 74",
+            "guards": ["P1 TCP goes to Tor, ipv4", "P3 other TCP is refused", "ip_forward=0"],
             "bytes": b"bytes".hex(),
         }
     ]
