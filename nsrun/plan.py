@@ -357,6 +357,7 @@ def _files(
         ("replace_etc", files | NEUTRAL_ETC, covered),
         ("new_proc",),
         ("new_sys_only",),
+        ("new_terminals",),
         ("new_queues",),
         ("put_file", "/var/lib/dbus/machine-id", NEUTRAL_ETC["machine-id"]),
         ("be_anonymous",),

@@ -115,6 +115,25 @@ def new_sys_only() -> None:
         enter.hide(path)
 
 
+def new_terminals() -> None:
+    """Terminals of its own; of the others only the one it is started on, as /dev/console.
+
+    Where ttyname(3) finds it. By name, a program could read what is typed on any of its user's.
+    """
+    names = [name for name in map(_terminal, (0, 1, 2)) if name]
+    if names and os.path.exists("/dev/console"):
+        linux.mount(names[0], "/dev/console", "", linux.MS_BIND)
+    flags = linux.MS_NOSUID | linux.MS_NOEXEC
+    linux.mount("devpts", "/dev/pts", "devpts", flags, "newinstance,ptmxmode=0666,mode=0600")
+
+
+def _terminal(fd: int) -> str:
+    try:
+        return os.ttyname(fd)
+    except OSError:  # none, or one without a name here
+        return ""
+
+
 def new_queues() -> None:
     if os.path.isdir("/dev/mqueue"):
         linux.mount("mqueue", "/dev/mqueue", "mqueue", _PLAIN | linux.MS_NOEXEC)
@@ -146,7 +165,7 @@ _PLAIN = linux.MS_NOSUID | linux.MS_NODEV
 VERBS = {
     function.__name__: function
     for function in (
-        *(close_all_doors, hold_sockets, own_directories, new_proc, new_sys_only, new_queues),
-        *(put_file, be_anonymous, show_sockets),
+        *(close_all_doors, hold_sockets, own_directories, new_proc, new_sys_only),
+        *(new_terminals, new_queues, put_file, be_anonymous, show_sockets),
     )
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import select
 import signal
 import time
+
+TIOCGPTN = 0x80045430
 
 
 class Terminal:
@@ -18,6 +21,11 @@ class Terminal:
             for number in (signal.SIGINT, signal.SIGQUIT):  # ignored if we run in the background
                 signal.signal(number, signal.SIG_DFL)
             os.execvp(command[0], command)
+
+    def name(self) -> str:
+        """The path of the terminal (ioctl_tty(2)): asked of our end, whatever the command has."""
+        number = fcntl.ioctl(self.fd, TIOCGPTN, bytes(4))
+        return f"/dev/pts/{int.from_bytes(number, 'little')}"
 
     def expect(self, text: str, seconds: float = 20) -> str:
         seen, deadline = "", time.monotonic() + seconds

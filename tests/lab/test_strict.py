@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from harness import ROOT
 from lab_helpers import TTP, Lab
 from nsrun.lab import topology
 from nsrun.plan import NEUTRAL_ETC
+from terminal import Terminal
 from town import eventually
 from users import USER
 
@@ -313,6 +315,32 @@ env | grep -E '^(SSH_|DBUS_|TMUX)'; echo "end $KEPT"
     assert boot_id not in plain
     assert btime not in plain
     assert rest == ["end 1"]
+
+
+@pytest.mark.promise("P10")
+def test_other_terminals_are_out_of_reach(lab: Lab) -> None:
+    """What is typed on another terminal of the user's cannot be read by its name; its own works."""
+    uid = USER if lab.who == "user" and os.geteuid() == 0 else os.geteuid()
+
+    def terminal(*argv: str) -> tuple[Terminal, str]:
+        made = Terminal(lab.command(*argv))
+        os.chown(made.name(), uid, -1)  # whose it is on a desktop
+        return made, made.name()
+
+    other, name = terminal("sleep", "60")
+    try:
+        look = f"(: <{name}) 2>/dev/null && echo open; "
+        own = 'tty; echo "u""p" >$(tty); script -qec "test -t 0 && tty" /dev/null'
+        inside, _ = terminal(*strict(lab), "sh", "-c", f"read go; {look} {own}")
+        inside.type("\n")
+        shown = inside.expect("/dev/pts/0")
+        assert "open" not in shown
+        assert re.search(r"/dev/console\s+up\s", shown), shown
+        assert inside.wait() == 0
+        assert lab.run("sh", "-c", look).stdout == "open\n"  # control: without --strict
+    finally:
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
 
 
 def test_what_is_inherited_is_closed(lab: Lab) -> None:
