@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,6 +152,12 @@ class Desk:
 
     lab: Lab
     directory: Path
+    strict: bool
+
+    @property
+    def sockets(self) -> str:
+        """Where a server may have its socket: --strict knows only those in its /tmp as its own."""
+        return "/tmp" if self.strict else str(self.directory)
 
     def command(self, script: str, **variables: str) -> list[str]:
         return self.lab.command(*self.shell(script, **variables))
@@ -164,6 +171,7 @@ class Desk:
             "SOMEBODY": SOMEBODY if self.lab.who == "user" else "",
             "TERM": "xterm",
             "TTP_GATEWAY": self.lab.name,
+            "TTP_STRICT": str(int(self.strict)),
             "XDG_RUNTIME_DIR": str(self.lab.home / "run"),
             **variables,
         }
@@ -216,11 +224,15 @@ def wires(lab: Lab) -> Iterator[tuple[Tap, Tap]]:
         yield uplink, host
 
 
-@pytest.fixture
-def desk(lab: Lab, depot: dict[str, str], wires: tuple[Tap, Tap]) -> Iterator[Desk]:
-    """A fresh directory; readable for all, as apt fetches as a user of its own."""
-    directory = lab.do("mktemp", "-d", "/tmp/ttp-test-XXXXXX").stdout.strip()
-    made = Desk(lab, Path(directory))
+@pytest.fixture(params=["unchanged", "strict"])
+def desk(
+    request: pytest.FixtureRequest, lab: Lab, depot: dict[str, str], wires: tuple[Tap, Tap]
+) -> Iterator[Desk]:
+    """A fresh directory, not in /tmp; readable for all, as apt fetches as a user of its own."""
+    directory = tempfile.mkdtemp(prefix=".desk-", dir=ROOT)
+    if lab.who == "user" and os.geteuid() == 0:
+        os.chown(directory, USER, USER)
+    made = Desk(lab, Path(directory), strict=request.param == "strict")
     try:
         for name, text in (("key", depot["key"]), ("known_hosts", depot["known_host"])):
             assert made.run(f"umask 077; echo {shlex.quote(text)} >{name}").returncode == 0
@@ -317,7 +329,7 @@ def test_vi_edits_a_file(desk: Desk) -> None:
 @pytest.mark.program("tmux")
 def test_tmux_runs_inside(desk: Desk) -> None:
     """Client and server are both in the workload, and what is typed in a window is, too."""
-    tmux = f"TMUX_TMPDIR={desk.directory} ttp run -- tmux -L inside -f /dev/null"
+    tmux = f"TMUX_TMPDIR={desk.sockets} ttp run -- tmux -L inside -f /dev/null"
     with desk.terminal(f"exec env {tmux} new-session sh") as terminal:
         terminal.type(f"curl -sS {ORACLE}; exit\n")
         terminal.expect(TOR)
@@ -342,7 +354,10 @@ def test_ssh_gives_a_terminal_there(desk: Desk) -> None:
 @pytest.mark.program("X11")
 def test_an_x_client_has_windows(desk: Desk, display: str) -> None:
     """xterm asks for the abstract socket first, is refused, and finds the path."""
-    done = desk.run(f"ttp run -- xterm -e sh -c 'curl -sS {ORACLE} >out'; cat out", DISPLAY=display)
+    allowed = f"--allow-socket /tmp/.X11-unix/X{display[1:]}" if desk.strict else ""
+    done = desk.run(
+        f"ttp run {allowed} -- xterm -e sh -c 'curl -sS {ORACLE} >out'; cat out", DISPLAY=display
+    )
     assert TOR in done.stdout, done.stdout
 
 
@@ -350,8 +365,10 @@ def test_an_x_client_has_windows(desk: Desk, display: str) -> None:
 @pytest.mark.program("Wayland")
 def test_a_wayland_client_has_windows(desk: Desk, compositor: str) -> None:
     """foot draws in a compositor outside, whose socket is in XDG_RUNTIME_DIR."""
+    allowed = f"--allow-socket $XDG_RUNTIME_DIR/{compositor}" if desk.strict else ""
     done = desk.run(
-        f"ttp run -- foot sh -c 'curl -sS {ORACLE} >out'; cat out", WAYLAND_DISPLAY=compositor
+        f"ttp run {allowed} -- foot sh -c 'curl -sS {ORACLE} >out'; cat out",
+        WAYLAND_DISPLAY=compositor,
     )
     assert TOR in done.stdout, done.stdout
 
