@@ -178,6 +178,16 @@ def test_what_leaves_is_tor_alone(lab: Lab, alice: Person) -> None:
     assert verdict.value is Value.CONTAINED, as_text([verdict])
 
 
+def test_a_member_may_be_strict(alice: Person) -> None:
+    """In namespaces of her own making, too: her command is alone in /proc, and reaches the web."""
+    script = f"ls /proc | grep -c '^[0-9]'; id -u; curl -sS --max-time 20 {PLAIN_ORACLE}"
+    done = alice.ttp("run", "-g", alice.gateway, "--strict", "--", "sh", "-c", script)
+    processes, uid, answer = done.stdout.splitlines()
+    assert int(processes) < 8
+    assert uid == str(alice.uid)
+    assert json.loads(answer)["IsTor"] is True, done.stderr
+
+
 @pytest.mark.promise("P5")
 def test_who_is_no_member_stays_out(alice: Person, eve: Person) -> None:
     """By the mode of the socket; what root alone may do, a member may not."""
