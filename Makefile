@@ -32,6 +32,10 @@ lab: everyday ## run the tests that need a lab
 	@$(as_root)
 	$(bin)/pytest -m lab
 
+torture: setup ## kill and disturb at every moment there is: minutes
+	@$(as_root)
+	$(bin)/pytest -m torture
+
 bench: setup ## measure speed, side by side with others
 	@$(as_root)
 	@$(bin)/python bench/run.py
@@ -57,4 +61,4 @@ lint: setup
 	$(bin)/ruff check
 	$(bin)/mypy
 
-.PHONY: help demo test check stories lab bench golden clean install setup everyday lint
+.PHONY: help demo test check stories lab torture bench golden clean install setup everyday lint

@@ -20,6 +20,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave torture out unless it is asked for."""
+    if "torture" not in config.option.markexpr:
+        torture = [item for item in items if item.get_closest_marker("torture")]
+        config.hook.pytest_deselected(items=torture)
+        items[:] = [item for item in items if item not in torture]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _host_stays_as_it_is() -> Iterator[None]:
     before = host_state()

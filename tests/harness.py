@@ -117,7 +117,8 @@ def host_state() -> str:
     if os.geteuid() == 0:
         commands.append("nft -s list ruleset")
     parts = [f"# {command}\n{_output(command)}" for command in commands]
-    files = ("/proc/self/mountinfo", "/proc/sys/net/ipv4/ip_forward")
+    switches = map(str, Path("/proc/sys/net").glob("ipv?/conf/*/*forwarding"))
+    files = ("/proc/self/mountinfo", "/proc/sys/net/ipv4/ip_forward", *sorted(switches))
     parts += [f"# {name}\n{Path(name).read_text()}" for name in files]
     resolver = Path("/etc/resolv.conf")
     content = resolver.read_bytes() if resolver.exists() else b""

@@ -1,16 +1,20 @@
 """Sends what must not get out, and says what became of each. Runs anywhere: standard library only.
 
-    probe.py NAME...    one JSON object: for each name "sent", or the error that refused it
+    probe.py NAME...        one JSON object: for each name "sent", or the error that refused it
+    probe.py --for SECONDS  strays of every kind at 50 Hz, without waiting for an answer
 
-Every packet carries the token, so that it is found on any wire.
+Every packet carries the token, so that it is found on any wire; a TCP segment cannot, but its
+destination is no relay's.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import struct
 import sys
+import time
 from contextlib import suppress
 
 TOKEN = b"ttp-probe-7c1f"
@@ -85,7 +89,42 @@ PROBES = {
 }
 
 
+DATAGRAMS = ((SITE, 7), (SITE6, 443), (LAN_WEB, 9), (HOST6, 9), ("224.0.0.251", 5353), (SITE, 123))
+STREAMS = ((SITE, 80), (SITE6, 80), (LAN_WEB, 80), (METADATA, 80))
+
+
+def strays(streams: bool = True) -> int:
+    """One packet of every kind, without waiting; returns how many the kernel took."""
+    taken = 0
+    for host, port in (*DATAGRAMS, (RESOLVER, 53), *(STREAMS if streams else ())):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        kind = socket.SOCK_STREAM if port == 80 else socket.SOCK_DGRAM
+        with suppress(OSError), socket.socket(family, kind) as packets:
+            packets.setblocking(False)
+            if kind == socket.SOCK_DGRAM:
+                packets.sendto(TOKEN, (host, port))
+                taken += 1
+            else:
+                taken += packets.connect_ex((host, port)) == errno.EINPROGRESS
+    for protocol in (socket.IPPROTO_ICMP, 47):
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_RAW, protocol) as packets:
+            packets.setblocking(False)
+            packets.sendto(struct.pack(">BBHHH", 8, 0, 0, 1, 1) + TOKEN, (SITE, 0))
+            taken += 1
+    return taken
+
+
+def pester(seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        strays()
+        time.sleep(0.02)  # 50 Hz
+
+
 def main(names: list[str]) -> None:
+    if names[:1] == ["--for"]:
+        pester(float(names[1]))
+        return
     results = {}
     for name in names or list(PROBES):
         try:

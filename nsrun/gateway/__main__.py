@@ -23,6 +23,7 @@ from nsrun.cli.run import parse
 from nsrun.errors import GatewayError, NsrunError
 from nsrun.facts import search_path
 from nsrun.gateway.supervisor import Supervisor
+from nsrun.gateway.uplink import veth_name
 from nsrun.gateway.uplink_veth import sweep_veth
 from nsrun.spec import GatewaySpec, LabUplink
 from nsrun.userns import own_user_namespace
@@ -59,7 +60,7 @@ def main() -> int:
         )
         logging.getLogger("stem").propagate = False
         if os.geteuid() == 0:
-            sweep_veth()  # what a killed gateway left on the host
+            sweep_veth(veth_name(request["name"]))  # what a killed gateway left on the host
         else:
             own_user_namespace()
         uplinks = [one if isinstance(one, str) else LabUplink(**one) for one in request["uplinks"]]

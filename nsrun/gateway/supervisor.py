@@ -27,7 +27,7 @@ from nsrun.apply import Machine, apply
 from nsrun.errors import NsrunError
 from nsrun.gateway import uplink
 from nsrun.gateway.requests import Parse, Requests, listen
-from nsrun.gateway.tor import Progress, Tor
+from nsrun.gateway.tor import Progress, Tor, learn_control
 from nsrun.gateway.workloads import Workloads, gone_links, link_monitor
 from nsrun.plan import LINK_PREFIX, Workload, gateway_steps
 from nsrun.plan import UPLINK as UPLINK_LINK
@@ -36,6 +36,7 @@ from nsrun.steps import StartTor, StartUplink
 
 log = logging.getLogger(__name__)
 
+RETRY = 2.0  # seconds until a part that could not be started again is tried once more
 REST = 0.01  # seconds before the stock is filled up: a command that just started needs the CPU
 
 Tell = Callable[[dict[str, Any]], None]
@@ -57,6 +58,8 @@ class Supervisor:
         self.uplink: uplink.Running | None = None
         self.workloads: Workloads
         self.problem = ""
+        self._dead: dict[str, StartTor | StartUplink] = {}
+        self._retry: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
@@ -66,6 +69,7 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.end)
+        self._loop.run_in_executor(None, learn_control)  # 80 ms, while the uplink starts
         server = listen(f"{self.spec.runtime}/api", self.spec.group)  # first: who comes early waits
         try:
             with server, apply(gateway_steps(self.spec, self.facts, self.block), self.machine.do):
@@ -78,6 +82,7 @@ class Supervisor:
         self.workloads = Workloads(gateway, Workload(self.block, 2))
         monitor = link_monitor(gateway)
         self._loop.add_reader(monitor, self._links_changed, monitor)
+        self._check_uplink()  # it may have gone before anybody was listening
         accepting = asyncio.ensure_future(self._requests.accept(server))
         idle = asyncio.ensure_future(self._watch_idle())
         self._tell({"ready": True})
@@ -114,43 +119,57 @@ class Supervisor:
 
     def _tor_died(self, step: StartTor) -> None:
         """Tor ended: closed until a new one has bootstrapped, which is started at once."""
-        log.error("Tor ended; starting it again")
         assert self.tor is not None
         self._loop.remove_reader(self.tor.pidfd)
-        self._revive("tor", step, lambda: self._start_tor(step))
+        self._lost("tor", step)
 
     def _uplink_died(self, step: StartUplink) -> None:
         """The uplink ended: another one knows nothing of Tor's connections, so Tor starts anew."""
-        log.error("the uplink ended; starting it again")
         if self.uplink is not None and self.uplink.pidfd is not None:
             self._loop.remove_reader(self.uplink.pidfd)
-        self._revive("uplink", step, lambda: self._start_uplink(step))
         if self.tor is not None:
             self.tor.kill()
+        self._lost("uplink", step)
 
-    def _revive(self, name: str, step: StartTor | StartUplink, start: Callable[[], Any]) -> None:
-        """Start a dead part again; if that fails, try again after a while, as long as we live."""
-        if name in self.machine.processes:
-            self.machine.processes.pop(name).stop()
-        try:
-            self.machine.processes[name] = start()
-        except NsrunError as error:
-            self.problem = str(error)
-            log.exception("%s did not start", name)
-            self._loop.call_later(2.0, self._revive, name, step, start)
-        else:
+    def _lost(self, name: str, step: StartTor | StartUplink) -> None:
+        log.error("the %s ended; starting it again", name)
+        self._dead[name] = step
+        self._revive()
+
+    def _revive(self) -> None:
+        """Start what has died; if that fails, try again after a while, as long as we live.
+
+        The uplink first: a Tor that finds no network may take minutes to look again.
+        """
+        if self._retry is not None:
+            self._retry.cancel()
+        for name in [name for name in ("uplink", "tor") if name in self._dead]:
+            if name in self.machine.processes:
+                self.machine.processes.pop(name).stop()
+            try:
+                self.machine.processes[name] = self.machine.starters[name](self._dead[name])
+            except (NsrunError, OSError) as error:
+                self.problem = str(error)
+                log.exception("the %s did not start", name)
+                self._retry = self._loop.call_later(RETRY, self._revive)
+                break
+            del self._dead[name]
             self.problem = ""
         self.notify()
 
     def _links_changed(self, monitor: socket.socket) -> None:
         links = gone_links(monitor)
-        for link in self.workloads.missing() if links is None else links:
-            if link == UPLINK_LINK and "uplink" in self.machine.processes:
-                if self.uplink is not None and self.uplink.pidfd is None:
-                    self._uplink_died(StartUplink(self.spec.uplinks))
+        for link in [*self.workloads.missing(), UPLINK_LINK] if links is None else links:
+            if link == UPLINK_LINK:
+                self._check_uplink()
             elif link.startswith(LINK_PREFIX) and (ended := self.workloads.ended(link)):
                 log.info("workload %s ended", ended.name or link)
         self.notify()
+
+    def _check_uplink(self) -> None:
+        """Of a helper's end we hear otherwise; but a link can be deleted, and some have none."""
+        if "uplink" not in self._dead and self.uplink is not None and self.uplink.gone:
+            self._uplink_died(StartUplink(self.spec.uplinks))
 
     async def _watch_idle(self) -> None:
         """Keep ready workloads in stock; end the gateway when nobody used it for long enough."""

@@ -34,6 +34,8 @@ STALLS = {
     "CLOCK_SKEW": "the clock of this machine is wrong",
 }
 
+STARTING = 20.0  # seconds for Tor to listen on its control socket, and to answer there
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -53,6 +55,7 @@ class Tor:
     ) -> None:
         """Start it. Raises GatewayError with Tor's own last line if it ends at once."""
         self.progress = Progress()
+        self.version = ""
         self._changed = on_change
         self._control_path = str(Path(step.torrc).with_name("control"))
         self._controller: Any = None
@@ -80,10 +83,6 @@ class Tor:
     def ready(self) -> bool:
         return self.progress.percent >= 100
 
-    @property
-    def version(self) -> str:
-        return str(self._controller.get_info("version"))
-
     def circuits(self) -> str:
         """The answer to GETINFO circuit-status (control-spec)."""
         return str(self._controller.get_info("circuit-status"))
@@ -105,26 +104,34 @@ class Tor:
             self.pidfd = -1
 
     def _listen(self, log: str, begin: int) -> None:
-        from stem import SocketError  # 70 ms
+        from stem import ControllerError, SocketError
+        from stem.connection import AuthenticationFailure
         from stem.control import Controller, EventType
 
-        deadline = time.monotonic() + 20
-        while self._controller is None:
-            with suppress(SocketError):
-                self._controller = Controller.from_socket_file(self._control_path)
-            if self._process.poll() is not None:
-                raise GatewayError(
-                    "start Tor", last_words(log, begin), "the whole log: ttp gateway logs"
-                )
-            if time.monotonic() > deadline:
-                raise GatewayError("start Tor", "no control socket after 20 s", f"see {log}")
-            time.sleep(0.005)  # until the socket is there: it cannot be waited for
-        self._controller._event_notice = _Told()  # noqa: SLF001  there is no other way
-        self._controller.authenticate()
-        for kind in (EventType.STATUS_CLIENT, EventType.STATUS_GENERAL):
-            self._controller.add_event_listener(self._on_status, kind)
-        phase = str(self._controller.get_info("status/bootstrap-phase"))
-        self._update(_pairs(phase))
+        # stem waits for an answer without limit; of a Tor that ends, it hears at once
+        limit = threading.Timer(STARTING, self.kill)
+        limit.start()
+        try:
+            while self._controller is None:
+                with suppress(SocketError):
+                    self._controller = Controller.from_socket_file(self._control_path)
+                if self._process.poll() is not None:
+                    raise GatewayError(
+                        "start Tor", last_words(log, begin), "the whole log: ttp gateway logs"
+                    )
+                time.sleep(0.005)  # until the socket is there: it cannot be waited for
+            self._controller._event_notice = _Told()  # noqa: SLF001  there is no other way
+            self._controller.authenticate()
+            self.version = str(self._controller.get_info("version"))
+            for kind in (EventType.STATUS_CLIENT, EventType.STATUS_GENERAL):
+                self._controller.add_event_listener(self._on_status, kind)
+            phase = str(self._controller.get_info("status/bootstrap-phase"))
+            self._update(_pairs(phase))
+        except (ControllerError, AuthenticationFailure) as error:
+            cause = f"its control socket: {error}"
+            raise GatewayError("start Tor", cause, "the whole log: ttp gateway logs") from error
+        finally:
+            limit.cancel()
 
     def _on_status(self, event: Any) -> None:
         if event.action in ("BOOTSTRAP", "CLOCK_SKEW"):
@@ -143,6 +150,11 @@ class Tor:
             STALLS.get(reason, arguments.get("WARNING", "")),
         )
         self._changed()
+
+
+def learn_control() -> None:
+    """Load what speaks Tor's control protocol, in a thread, before it is needed."""
+    import stem.control  # noqa: F401
 
 
 class _Told(threading.Event):

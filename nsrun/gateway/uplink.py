@@ -143,7 +143,7 @@ def value(wanted: str | LabUplink, gateway: str) -> Uplink:
     Raises UsageError when there is no such kind.
     """
     families = tuple(family for family in (4, 6) if egress(family))
-    mark = zlib.crc32(gateway.encode())
+    mark = _checksum(gateway)
     match wanted:
         case LabUplink():
             return Lab(gateway, **asdict(wanted))
@@ -155,11 +155,20 @@ def value(wanted: str | LabUplink, gateway: str) -> Uplink:
             low = mark % 64 * 4  # several gateways side by side, in TEST-NET-3 (RFC 5737)
             prefix6 = f"fd74:7470:2:{mark & 0xFFFF:x}::"
             return Veth(
-                f"{mark:08x}",
+                veth_name(gateway),
                 *(f"203.0.113.{low + 2}/30", f"203.0.113.{low + 1}"),
                 *(f"{prefix6}2/64", f"{prefix6}1"),
             )
     raise UsageError("choose an uplink", f"{wanted!r} is none of {', '.join(UPLINKS)}")
+
+
+def veth_name(gateway: str) -> str:
+    """The part of the names of a gateway's veth and its table that tells it from others'."""
+    return f"{_checksum(gateway):08x}"
+
+
+def _checksum(gateway: str) -> int:
+    return zlib.crc32(gateway.encode())
 
 
 def describe(uplink: Uplink, gateway: str = "$GATEWAY") -> list[str]:
@@ -203,6 +212,11 @@ class Running:
     def routers(self) -> tuple[str, ...]:
         """The next hops of the default routes over the link now."""
         return _link(self._gateway)[1]
+
+    @property
+    def gone(self) -> bool:
+        """Whether the gateway has no such link any more."""
+        return INTERFACE not in self._gateway.call(_interfaces)
 
     def stop(self) -> None:
         """End the helper, remove the link and all that was made for it. May be called again."""

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -29,6 +30,8 @@ Command = tuple[str, ...]
 
 INTERFACE = "uplink"
 MTU = 65520  # slirp4netns allows 65521
+
+GOING = 2.0  # seconds for the link of a killed gateway to go
 
 _UNDO = "ttp undo: "
 _SYSCTLS = Path("/proc/sys/net")
@@ -173,8 +176,15 @@ def egress(family: int) -> str | None:
     return json.loads(found)[0].get("dev") if found else None
 
 
-def sweep_veth() -> list[str]:
-    """Undo what veth uplinks of killed gateways left on the host; the names of their tables."""
+def sweep_veth(own: str = "") -> list[str]:
+    """Undo what veth uplinks of killed gateways left on the host; the names of their tables.
+
+    For the link of ``own``, which nobody alive should have, it waits a moment: the kernel may be
+    about to remove it.
+    """
+    deadline = time.monotonic() + GOING
+    while _has_link(f"ttp_{own}") and time.monotonic() < deadline:
+        time.sleep(0.01)  # the interval of the poll
     left = left_tables()
     for table in left:
         close_host(table)
@@ -183,8 +193,11 @@ def sweep_veth() -> list[str]:
 
 def left_tables() -> list[str]:
     """Tables of gateways that are gone: the links go with the gateway, the tables do not."""
-    links = Path("/proc/thread-self/net/dev").read_text()
-    return [t for t in _tables() if f"ttp-{t.removeprefix('ttp_')}:" not in links]
+    return [table for table in _tables() if not _has_link(table)]
+
+
+def _has_link(table: str) -> bool:
+    return f"ttp-{table.removeprefix('ttp_')}:" in Path("/proc/thread-self/net/dev").read_text()
 
 
 def way_back(interface: str, families: tuple[int, ...]) -> list[str]:

@@ -25,7 +25,18 @@ if TYPE_CHECKING:
 
 README = ROOT / "README.md"
 PROMISES = [f"P{number}" for number in range(1, 13)]
-TARGETS = ("demo", "test", "check", "stories", "lab", "bench", "golden", "clean", "install")
+TARGETS = (
+    "demo",
+    "test",
+    "check",
+    "stories",
+    "lab",
+    "torture",
+    "bench",
+    "golden",
+    "clean",
+    "install",
+)
 PROMPT = "$ "
 END_OF_OUTPUT = "-- end of the output of a README command --"
 

@@ -1,0 +1,360 @@
+"""Kill -9 at every step of every plan, told inside the host of a lab by tests/lab/test_kill.py.
+
+kill_stories.py STORY UPLINK FRAGMENT DEFECT    one JSON object: the cases, the first trouble
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import stem.control  # noqa: F401  which each supervisor would load, in 70 ms
+
+import nsrun.client
+import nsrun.gateway.__main__
+import nsrun.gateway.supervisor
+from kill_place import PESTER, TTP, Place, dead, descendants, end, eventually, spaces
+from mortal import Moment, Wanted, describe
+from nsrun import paths
+from nsrun.address import BLOCKS
+from nsrun.plan import Workload, enter_ops, gateway_steps, workload_steps
+from nsrun.spec import GatewaySpec, LabUplink, RunSpec, Strict
+from nsrun.steps import StartUplink, Step
+from nsrun.user import resolve
+
+NAME = "mortal"
+# where the supervisor finds what a defect exchanges
+PLAN, MAIN = cast("Any", nsrun.gateway.supervisor), cast("Any", nsrun.gateway.__main__)
+PARTS = ("tor", "uplink")
+LIMIT = 250  # seconds that a story may take
+
+
+def start(place: Place) -> None:
+    """The supervisor, killed at every step of the gateway's plan."""
+
+    def wanted(moment: Moment) -> bool:
+        return (moment.plan == "gateway" and moment.when == "before") or _is_last(moment)
+
+    steps = PLAN.gateway_steps(place.spec, place.facts, BLOCKS[0])
+    for number in range(len(steps) + 1):
+        moment = _start_and_kill(place, wanted, number)
+        assert number == len(steps) or moment.step == describe(steps[number])
+    assert _is_last(moment)
+    place.nothing_left()
+
+
+def deep(place: Place) -> None:
+    """The same before everything that is done within a step, and before the first."""
+
+    def wanted(moment: Moment) -> bool:
+        return moment.plan == "deep" or _is_last(moment)
+
+    for number in count():
+        if _is_last(_start_and_kill(place, wanted, number, deep=True)):
+            break
+    for number in count():  # and while what a predecessor has left is removed
+        with place.up():
+            pass
+        gateway = place.supervisor(wanted, deep=True)
+        moment = gateway.advance(number)
+        place.case("supervisor", moment)
+        gateway.kill()
+        if moment.step.startswith("socket.bind"):
+            break
+    place.nothing_left()
+
+
+def _start_and_kill(place: Place, wanted: Wanted, number: int, *, deep: bool = False) -> Moment:
+    """One death at the moment of this number. First, what the one before has left must go."""
+    sweeper = place.supervisor(lambda moment: moment.step.startswith("MakeNamespace"))
+    sweeper.advance(0)
+    place.as_before()
+    sweeper.kill()
+    gateway = place.supervisor(wanted, deep=deep)
+    squatter = 0
+    try:
+        for index in range(number + 1):
+            moment = gateway.advance(0)
+            if not squatter and spaces(gateway.pid):
+                squatter = place.squat(gateway.pid)
+            if index < number:
+                gateway.go()
+        place.stray(gateway.pid)
+        place.case("supervisor", moment)
+        place.dies(gateway, *((squatter,) if squatter else ()))
+        return moment
+    finally:
+        gateway.kill()
+        if squatter:
+            end(squatter)
+
+
+def parts(place: Place) -> None:
+    """Tor and the uplink, killed after every step of the gateway's plan since their own start."""
+
+    def wanted(moment: Moment) -> bool:
+        return moment.plan == "gateway" and moment.when == "after"
+
+    moments = _rehearse(place, wanted)
+    for who, first in (("uplink", "StartUplink"), ("tor", "StartTor")):
+        born = next(n for n, moment in enumerate(moments) if _is(moment, "after", first))
+        for number in range(born, len(moments)):
+            gateway = place.supervisor(wanted)
+            try:
+                place.case(who, gateway.advance(number))
+                assert place.kill_part(gateway, who)
+                gateway.free()
+                place.recovers(gateway)
+            finally:
+                gateway.kill()
+    place.nothing_left()
+
+
+def stop(place: Place) -> None:
+    """The supervisor, Tor and the uplink, killed at every undo of a gateway that goes down."""
+
+    undone: set[str] = set()  # in the supervisor: each start begins with none
+
+    def wanted(moment: Moment) -> bool:
+        if moment.plan != "undo":
+            return False
+        if moment.step.startswith("DropElements") or moment.step.endswith("del workload"):
+            new = moment.step.split()[0] not in undone  # workloads are alike: the first will do
+            undone.update([moment.step.split()[0]] if moment.when == "before" else [])
+            return new and moment.when == "before"
+        return moment.when == "before" or moment.step.endswith("del gateway")
+
+    for who in ("supervisor", *PARTS):
+        for number in count():
+            with place.up(wanted) as gateway, place.busy() as workload:
+                place.ask(do="down")
+                moment: Moment | None = None
+                for _ in range(number + 1):
+                    if moment is not None:
+                        gateway.go()
+                    moment = gateway.moment()
+                if moment is None:  # it has come to its end
+                    break
+                if who == "supervisor":
+                    place.stray(gateway.pid)
+                    place.dies(gateway, workload)
+                elif place.kill_part(gateway, who):
+                    place.stray(gateway.pid)
+                    gateway.free()
+                    assert gateway.wait() == 0
+                else:
+                    break
+                place.case(who, moment)
+    place.nothing_left()
+
+
+def workload(place: Place) -> None:
+    """The supervisor, Tor and the uplink, killed at every step by which a workload is made."""
+    steps = workload_steps(Workload(BLOCKS[0], 2))
+    last = describe(steps[-1])
+
+    def wanted(moment: Moment) -> bool:
+        after = moment.when == "after" and moment.step == last
+        return moment.plan == "workload" and (moment.when == "before" or after)
+
+    for number in range(len(steps) + 1):
+        with place.up(wanted) as gateway:
+            moment = gateway.advance(number)
+            assert number == len(steps) or moment.step == describe(steps[number])
+            place.stray(gateway.pid)
+            place.case("supervisor", moment)
+            place.dies(gateway)
+    for who in PARTS:
+        with place.up(wanted) as gateway:
+            for _ in range(len(steps) + 1):
+                moment = gateway.advance(0)
+                place.ask(do="wait", timeout=20)  # the one before has a successor
+                assert place.kill_part(gateway, who)
+                place.stray(gateway.pid)
+                place.case(who, moment)
+                gateway.go()
+            gateway.free()
+            place.recovers(gateway)
+    place.nothing_left()
+
+
+def given(place: Place) -> None:
+    """The same while a workload gets a new identity, and after the end of one."""
+
+    def refresh(moment: Moment) -> bool:
+        after = moment.when == "after" and "identities6" in moment.step
+        return moment.plan == "refresh" and (moment.when == "before" or after)
+
+    def ended(moment: Moment) -> bool:
+        after = _is(moment, "after", "DropNamespace")
+        return moment.plan == "undo" and (moment.when == "before" or after)
+
+    for wanted, asked in (
+        (refresh, [TTP, "refresh", "busy", "-g", NAME]),
+        (ended, place.run("true")),
+    ):
+        for who in ("supervisor", *PARTS):
+            # two steps each: of two families; elements and namespace
+            for number in range(3) if who == "supervisor" else (1,):
+                with place.up(wanted) as gateway, place.busy() as busy:
+                    asking = subprocess.Popen(
+                        asked, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                    )
+                    place.case(who, gateway.advance(number))
+                    place.stray(gateway.pid)
+                    if who == "supervisor":
+                        place.dies(gateway, busy)
+                        error = asking.communicate(timeout=20)[1]
+                        assert asking.returncode == 0 or error.startswith("ttp: cannot "), error
+                        continue
+                    assert place.kill_part(gateway, who)
+                    gateway.free()
+                    assert asking.wait(20) == 0
+                    place.recovers(gateway)
+    place.nothing_left()
+
+
+def enter(place: Place, *options: str, strict: Strict | None = None) -> None:
+    """Client, supervisor, Tor and uplink, killed at every operation of the client on itself.
+
+    All clients of one gateway stand at an operation each when it is hit.
+    """
+    nested = os.geteuid() != 0
+    spec = RunSpec(("true",), strict=strict)
+    caller, _ = resolve(spec, nsrun.client.caller(), nested)
+    ops = enter_ops(place.spec, place.facts, BLOCKS[0], caller, nested, spec)
+    planned = [str(op[0]) for op in ops]
+
+    def wanted(moment: Moment) -> bool:
+        after = moment.when == "after" and moment.step.startswith(planned[-1])
+        return moment.plan == "enter" and (moment.when == "before" or after)
+
+    for who in ("client", "supervisor", *PARTS):
+        with place.up() as gateway, ExitStack() as stack:
+            clients = []
+            for number in range(len(planned) + 1):
+                clients.append(place.client(*options, "--", *PESTER, "0.3", wanted=wanted))
+                stack.callback(clients[-1].kill)
+                moment = clients[-1].advance(number)
+                assert number == len(planned) or moment.step.split()[0] == planned[number]
+                place.case(who, moment)
+            match who:
+                case "client":
+                    inner = [pid for client in clients for pid in descendants(client.pid)]
+                    for client in clients:
+                        client.kill()
+                    eventually(partial(_all_dead, inner), "the end of all of it")
+                case "supervisor":
+                    place.dies(gateway)
+                case _:
+                    assert place.kill_part(gateway, who)
+            for client in clients:
+                client.free()
+            codes = [os.waitstatus_to_exitcode(client.wait()) for client in clients]
+            match who:
+                case "client":
+                    assert set(codes) == {-9}
+                    eventually(lambda: not place.ask(do="inspect")["workloads"], "their end")
+                case "supervisor":
+                    assert set(codes) <= {0, 125}, codes  # 125: some operations need it
+                case _:
+                    assert set(codes) == {0}, codes
+                    place.recovers(gateway)
+    place.nothing_left()
+
+
+def _all_dead(pids: list[int]) -> bool:
+    return all(map(dead, pids))
+
+
+def _is(moment: Moment, when: str, kind: str) -> bool:
+    return moment.when == when and moment.step.startswith(f"{kind} ")
+
+
+def _is_last(moment: Moment) -> bool:
+    """Of a gateway's start."""
+    return _is(moment, "after", "StartTor")
+
+
+def _rehearse(place: Place, wanted: Wanted) -> list[Moment]:
+    """All the moments of a start."""
+    gateway = place.supervisor(wanted)
+    try:
+        found = [gateway.advance(0)]
+        while not _is_last(found[-1]):
+            gateway.go()
+            found.append(gateway.advance(0))
+        return found
+    finally:
+        gateway.kill()
+
+
+STORIES: dict[str, Callable[[Place], None]] = {
+    "start": start,
+    "deep": deep,
+    "parts": parts,
+    "stop": stop,
+    "workload": workload,
+    "given": given,
+    "enter": enter,
+    "strict": lambda place: enter(place, "--strict", strict=Strict()),
+}
+
+
+def open_first() -> None:
+    """A defect: the uplink comes before the rules, and the gateway forwards."""
+
+    def steps(*arguments: Any) -> tuple[Step, ...]:
+        planned = list(gateway_steps(*arguments))
+        uplink = next(step for step in planned if isinstance(step, StartUplink))
+        planned.remove(uplink)
+        planned.insert(1, uplink)
+        return tuple(planned)
+
+    PLAN.gateway_steps = steps
+
+
+def no_sweep() -> None:
+    """A defect: what a killed gateway left on the host stays."""
+    MAIN.sweep_veth = lambda _: []
+
+
+DEFECTS = {"": lambda: None, "open-first": open_first, "no-sweep": no_sweep}
+
+
+def main(story: str, uplink: str, fragment: str, defect: str) -> None:
+    faulthandler.dump_traceback_later(LIMIT, exit=True)  # should something hang
+    DEFECTS[defect]()
+    home = Path(tempfile.mkdtemp(prefix="ttp-kill-"))
+    home.chmod(0o711)  # Tor's user passes through
+    os.environ |= {"TTP_RUNTIME_DIR": f"{home}/run", "TTP_STATE_DIR": f"{home}/state"}
+    wanted = LabUplink(**json.loads(uplink)) if uplink.startswith("{") else uplink
+    runtime, state = paths.gateway(NAME), f"{paths.state()}/gateways/{NAME}"
+    place = Place(GatewaySpec(NAME, runtime, state, (wanted,), fragment, idle=0), home)
+    trouble = ""
+    try:
+        STORIES[story](place)
+    except BaseException:
+        import traceback
+
+        logs = [*home.glob("*.log"), Path(paths.log(state))]
+        said = [f"{path.name}: …{path.read_text()[-3000:]}" for path in logs if path.exists()]
+        trouble = "\n".join((traceback.format_exc(), *said))
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    print(json.dumps({"cases": place.cases, "trouble": trouble}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
