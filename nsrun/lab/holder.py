@@ -186,7 +186,7 @@ def _start_gateway(order: Order, programs: Programs, torrc: str, bundle: Path) -
     (LOGS / f"{GATEWAY}.log").symlink_to(f"../{state.name}/log")
     with (LOGS / f"{SUPERVISOR}.log").open("ab") as log:
         process = subprocess.Popen(
-            bound((sys.executable, "-m", "nsrun.gateway"), "host"),
+            bound((sys.executable, "-P", "-m", "nsrun.gateway"), "host"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -232,15 +232,19 @@ def _await_gateway(order: Order, ready: Future[None]) -> None:
 
 
 def _carries_traffic() -> bool:
-    """Whether the oracle, asked through three relays, sees an exit."""
-    request = b"GET /api/ip HTTP/1.0\r\nHost: check.torproject.org\r\n\r\n"
+    """Whether the oracle sees every exit: one without a descriptor yet resolves no name."""
+    return all(_seen_from(node) for node in EXITS)
+
+
+def _seen_from(node: topology.Node) -> bool:
+    request = b"GET /ip HTTP/1.0\r\n\r\n"
     try:
-        with _socks("check.torproject.org", 80) as connection:
+        with _socks(torrcs.by_exit(node), 80) as connection:
             connection.sendall(request)
             answer = b"".join(iter(lambda: connection.recv(4096), b""))
     except OSError:
         return False
-    return b'"IsTor":true' in answer
+    return answer.decode().endswith((f"\n{node.outbound}", f"\n{node.outbound6}"))
 
 
 def _socks(host: str, port: int) -> socket.socket:

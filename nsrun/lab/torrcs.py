@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from nsrun.lab.topology import (
     AUTHORITIES,
     DIR_PORT,
+    EXITS,
     NODES,
     OR_PORT,
+    ORACLES,
     SERVICE,
     SOCKS_PORT,
     WEB,
@@ -68,6 +70,11 @@ def node_torrc(
     return "".join(f"{line}\n" for line in lines)
 
 
+def by_exit(node: Node) -> str:
+    """The name by which the onion service's Tor reaches the oracle through one exit."""
+    return f"{node.name}.oracle.test"
+
+
 def service_torrc(directory: str, authorities: Sequence[Authority]) -> str:
     """The onion service, also the client that proves the network; production defaults."""
     lines = (
@@ -78,6 +85,7 @@ def service_torrc(directory: str, authorities: Sequence[Authority]) -> str:
         *(authority.line() for authority in authorities),
         f"OutboundBindAddress {SERVICE}",
         f"SocksPort 127.0.0.1:{SOCKS_PORT}",
+        *(f"MapAddress {by_exit(node)} {ORACLES[0]}.{node.name}.exit" for node in EXITS),
         f"HiddenServiceDir {directory}/onion",
         f"HiddenServicePort 80 {WEB}:80",
     )
