@@ -48,7 +48,7 @@ def _trials() -> Iterator[Finding]:
     """Those of a process of its own, whose namespaces, links and mounts go with it."""
     from nsrun.doctor import MISSING, Finding
 
-    command = (sys.executable, "-m", "nsrun.doctor")
+    command = (sys.executable, "-P", "-m", "nsrun.doctor")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     try:
         done = subprocess.run(

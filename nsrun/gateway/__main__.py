@@ -41,9 +41,6 @@ def main() -> int:
     if detach:
         os.setsid()
         os.chdir("/")
-    for name in [name for name in os.environ if name.startswith("TTP_")]:
-        if name not in ("TTP_RUNTIME_DIR", "TTP_STATE_DIR"):
-            del os.environ[name]  # a default of options, which each client sends itself
     os.environ["PATH"] = search_path()  # a user's lacks nft on some distributions
     logging.raiseExceptions = False  # a full disk must not be the end, nor a screen full of it
     try:

@@ -18,6 +18,12 @@ from nsrun.errors import GatewayError, UsageError
 from nsrun.spec import GatewaySpec
 
 STOP = 15.0  # seconds that a supervisor may take to end
+#: What a supervisor keeps of the shell that happened to start it; not LD_PRELOAD (torsocks sets
+#: it), nor a default of options, which each client sends itself.
+KEPT = (
+    *("HOME", "PATH", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE"),
+    *("XDG_RUNTIME_DIR", "XDG_STATE_HOME", "XDG_CACHE_HOME", "TTP_RUNTIME_DIR", "TTP_STATE_DIR"),
+)
 
 
 def default_spec(name: str) -> GatewaySpec:
@@ -32,10 +38,10 @@ def start(spec: GatewaySpec, echo: Callable[[str], None] | None = None) -> None:
     """
     request = {**asdict(spec), "detach": True}
     process = subprocess.Popen(
-        (sys.executable, "-m", "nsrun.gateway"),
+        (sys.executable, "-P", "-m", "nsrun.gateway"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=_environment(),
         text=True,
     )
     assert process.stdin is not None
@@ -59,6 +65,11 @@ def start(spec: GatewaySpec, echo: Callable[[str], None] | None = None) -> None:
                 "start the gateway", "its supervisor ended", f"see {paths.log(spec.state)}"
             )
     process.wait()
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    return {**kept, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def ask(name: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def _start(order: Order, file: IO[str], progress: Progress) -> Description:
     """Start the holder, which inherits the lock, and follow it until it is ready."""
     with Path(order.directory, "log").open("w") as log_file:
         holder = subprocess.Popen(
-            [sys.executable, "-m", "nsrun.lab"],
+            [sys.executable, "-P", "-m", "nsrun.lab"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log_file,

@@ -262,7 +262,7 @@ def make(prefix: Sequence[str], world: World, probes: Sequence[Probe]) -> dict[s
     names = [one.name for one in probes]
     if not names:
         return {}
-    python = (sys.executable, "-m", "nsrun.leak.probes", json.dumps(asdict(world)))
+    python = (sys.executable, "-P", "-m", "nsrun.leak.probes", json.dumps(asdict(world)))
     done = program(*prefix, *python, *names)
     lines = [json.loads(line) for line in done.splitlines() if line.startswith("{")]
     made = {line["name"]: Made(Outcome(line["outcome"]), line["why"]) for line in lines}
@@ -318,7 +318,7 @@ def _decoys(prefix: Sequence[str], *more: str, trans: bool = False) -> Any:
     """Servers at the ports that are knocked at; ``trans``: at TransPort's, too: no Tor."""
     tcp = (*DOORS_TCP, *((TRANS_PORT,) if trans else ()))
     ports = ("--tcp", *map(str, tcp), "--udp", *map(str, DOORS_UDP))
-    command = [*prefix, sys.executable, "-m", "nsrun.leak.decoys", *ports, *more]
+    command = [*prefix, sys.executable, "-P", "-m", "nsrun.leak.decoys", *ports, *more]
     return _helper(command, "start decoys")
 
 
@@ -337,7 +337,7 @@ def _field(bench: Bench, defect: Defect, name: str) -> Iterator[Found]:
         "router6": topology.ROUTER6,
     }
     order = json.dumps(asdict(Order(defect.name, name, uplink)))
-    command = [*bench.inside("host"), sys.executable, "-m", "nsrun.leak.field", order]
+    command = [*bench.inside("host"), sys.executable, "-P", "-m", "nsrun.leak.field", order]
     with _helper(command, f"make a gateway with {defect.title}") as line:
         yield Found(**json.loads(line))
 

@@ -119,7 +119,7 @@ def tap(interface: str, file: Path, prefix: Sequence[str] = (), wait: float = 0.
     ``stop()``. The interface may come, or come up, ``wait`` seconds late; it is then watched from
     a few milliseconds after it was made. Raises NsrunError when it cannot be watched.
     """
-    program = [sys.executable, "-m", "nsrun.leak.capture", "--wait", str(wait)]
+    program = [sys.executable, "-P", "-m", "nsrun.leak.capture", "--wait", str(wait)]
     it = Tap(interface, file, [*prefix, *program])
     try:
         it.await_ready(wait + 2 * DEADLINE)

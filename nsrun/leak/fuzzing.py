@@ -60,7 +60,7 @@ def fuzz(bench: Bench, gateway: str, seed: int, count: int, say: Say) -> Fuzzed:
 
 
 def _send(into: Sequence[str], world: World, seed: int, count: int) -> int:
-    python = (sys.executable, "-m", "nsrun.leak.probes.fuzz", json.dumps(asdict(world)))
+    python = (sys.executable, "-P", "-m", "nsrun.leak.probes.fuzz", json.dumps(asdict(world)))
     done = json.loads(program(*into, *python, str(seed), str(count)))
     if not done["sent"]:
         raise NsrunError("send random packets", "the kernel took none")

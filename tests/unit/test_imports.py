@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,15 @@ def test_only_the_cli_prints(module: str) -> None:
             if not (module == "nsrun.client" and to == ["sys.stderr"]):
                 prints.append(node.lineno)
     assert not prints, f"{module} prints in line {prints}"
+
+
+def test_no_process_of_ours_takes_modules_from_the_working_directory() -> None:
+    """Python puts that first in its search, but with -P: anybody's json.py would be run."""
+    starts = re.findall(
+        r'"([^"]*)", "-m", f?"nsrun', "".join(map(Path.read_text, MODULES.values()))
+    )
+    assert len(starts) > 5
+    assert set(starts) == {"-P"}
 
 
 def test_the_hot_path_stays_light() -> None:
