@@ -241,8 +241,8 @@ def _perform(op: list[Any], descriptors: dict[str, int], verbose: bool) -> None:
     try:
         enter.perform(op, descriptors)
     except Exception as error:
-        if op[0] == "work_in":
-            fail(RefusedError(f"work in {op[1]}", str(error.args[-1]), "", RUN_FAILED))
+        if op[0] in ("come_back", "work_in") and isinstance(error, OSError):
+            fail(RefusedError(f"work in {error.filename}", str(error.strerror), _WHERE, RUN_FAILED))
         fail(RefusedError(f"isolate the command ({op[0]})", str(error), _DOCTOR, RUN_FAILED))
 
 
@@ -295,6 +295,7 @@ def defaults() -> dict[str, Any]:
 
 
 _DOCTOR = "the command was not run; ttp doctor tells what this machine lacks"
+_WHERE = "it is gone, or hidden inside, or closed to root: go elsewhere, or give --workdir"
 _AGAIN = "run the same command again: it starts a new one"
 _CLOEXEC = 0x40000000  # MSG_CMSG_CLOEXEC
 

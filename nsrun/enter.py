@@ -162,11 +162,11 @@ def new_sys() -> None:
 
 
 def come_back() -> None:
-    """Enter the working directory anew, by its path: else the old one stays, hidden as it is."""
-    try:
-        os.chdir(os.readlink("/proc/self/cwd"))
-    except OSError:
-        os.chdir("/")
+    """Enter the working directory anew, by its path: else the old one stays, hidden as it is.
+
+    Where that fails the command must not begin in another one: it may be ``rm -r *``.
+    """
+    os.chdir(os.readlink("/proc/self/cwd"))
 
 
 def work_in(directory: str) -> None:
