@@ -41,7 +41,7 @@ SSH = f"ssh -F none -i key -p {SSH_PORT} -o UserKnownHostsFile=known_hosts -o Ba
 #: A job that says when it has the terminal and when it is continued, in words that it puts
 #: together: the echo of what is typed has neither.
 JOB = """\
-trap "echo contin""ued" CONT
+trap "echo res""umed" CONT
 while read -r pid name state parent group session tty foreground rest </proc/$$/stat
     test $group != $foreground
 do :; done
@@ -306,7 +306,7 @@ def test_a_shell_has_job_control(desk: Desk, shell: str, stopped: str) -> None:
         terminal.type("\x1a")
         assert stopped in terminal.expect("ready> ")
         terminal.type("fg\n")
-        terminal.expect("continued")
+        terminal.expect("resumed")
         terminal.type("\x03")
         terminal.expect("ready> ")
         terminal.type("echo $((6*7)); exit 3\n")
