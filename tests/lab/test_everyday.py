@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -239,7 +240,8 @@ def desk(
         assert lab.do("chmod", "755", directory).returncode == 0
         yield made
     finally:
-        lab.do("rm", "-rf", directory)
+        lab.do("rm", "-rf", directory)  # what it made
+        shutil.rmtree(directory, ignore_errors=True)  # what we made
 
 
 @pytest.fixture
