@@ -21,6 +21,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 6 ms
     from typing import Any, NoReturn
 
+ENTERING = ("run", "exec", "shell")  # the commands that end as another program
 RUN_FAILED, NOT_EXECUTABLE, NOT_FOUND, INTERRUPTED = 125, 126, 127, 130
 
 
@@ -38,10 +39,10 @@ class NotHereError(Exception):
 
 def main() -> NoReturn:
     """Entry point of the ``ttp`` command."""
-    if sys.argv[1:2] == ["run"]:
+    if sys.argv[1:2] and sys.argv[1] in ENTERING:
         try:
             given = defaults()
-            become(sys.argv[2:], _gateway(sys.argv[2:], given), given)
+            become(sys.argv[2:], _gateway(sys.argv[1:], given), given, sys.argv[1])
         except NotHereError:
             pass
         except RefusedError as failure:
@@ -57,16 +58,20 @@ def main() -> NoReturn:
     raise AssertionError("the command line interface returned")
 
 
-def become(arguments: list[str], gateway: str, defaults: dict[str, Any]) -> NoReturn:
-    """Carry out ``ttp run ARGUMENTS`` on a gateway that is already there.
+def become(
+    arguments: list[str], gateway: str, defaults: dict[str, Any], verb: str = "run"
+) -> NoReturn:
+    """Carry out ``ttp run ARGUMENTS``, or another verb of ENTERING, on a gateway that is there.
 
     ``defaults`` are what defaults() returns. Raises NotHereError when there is no gateway to ask,
     and RefusedError when it refuses. After that there is no way back: an error ends the process
     with 125, 126 or 127.
     """
     request = {
-        "do": "run",
+        "do": verb,
         "version": __version__,
+        "gateway": gateway,
+        "shell": os.environ.get("SHELL") or "/bin/sh",
         "arguments": arguments,
         "defaults": defaults,
         "caller": caller(),
@@ -309,6 +314,8 @@ def _gateway(arguments: list[str], defaults: dict[str, Any]) -> str:
             return "".join(arguments[index + 1 : index + 2])
         if argument.startswith("--gateway="):
             return argument[10:]
+    if arguments[0] == "exec":  # it is looked for on every gateway, if there are several
+        return _only_gateway()
     name = defaults["environment"].get("TTP_GATEWAY", "")
     for _path, text in reversed(defaults["files"]):
         section = ""
@@ -319,6 +326,17 @@ def _gateway(arguments: list[str], defaults: dict[str, Any]) -> str:
             elif section == "[run]" and key.strip() == "gateway":
                 name = value.strip(" \t\"'")
     return name or "default"
+
+
+def _only_gateway() -> str:
+    """The one gateway that may be up. Raises NotHereError when there is none, or several."""
+    try:
+        names = os.listdir(os.path.dirname(paths.gateway("any")))
+    except OSError:
+        names = []
+    if len(names) != 1:
+        raise NotHereError
+    return names[0]
 
 
 def _exec(command: list[str], environment: dict[str, str]) -> NoReturn:

@@ -81,6 +81,30 @@ def join_network(descriptors: dict[str, int]) -> None:
     linux.setns(descriptors["network"], linux.CLONE_NEWNET)
 
 
+def join_workload(network: int, pids: list[int]) -> None:
+    """Join the network namespace with this inode number, by a process in it, and before that the
+    user namespace that owns it. It is the kernel who says whether we may: ioctl_ns(2), setns(2).
+    """
+    import fcntl
+
+    ns_get_userns = 0xB701
+    for pid in pids:
+        try:
+            space = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue  # it has ended
+        if os.fstat(space).st_ino == network:
+            owner = fcntl.ioctl(space, ns_get_userns)
+            if os.fstat(owner).st_ino != os.stat("/proc/self/ns/user").st_ino:
+                linux.setns(owner, linux.CLONE_NEWUSER)
+            linux.setns(space, linux.CLONE_NEWNET)
+            os.close(owner)
+            os.close(space)
+            return
+        os.close(space)
+    raise ProcessLookupError(3, "its last process has just ended")
+
+
 def new_mounts() -> None:
     """Private, not slave: a mount that the host makes later must not uncover what we cover."""
     linux.unshare(linux.CLONE_NEWNS)
@@ -232,18 +256,9 @@ _WITH_DESCRIPTORS = {
 _VERBS = {
     function.__name__: function
     for function in (
-        *(own_network, close_doors, join_user, join_network, new_mounts, hide_run, hide),
-        *(
-            replace_etc,
-            new_sys,
-            come_back,
-            work_in,
-            new_user,
-            new_users,
-            read_only,
-            drop_capabilities,
-        ),
-        *(become, no_new_privileges, filter_calls),
+        *(own_network, close_doors, join_user, join_network, join_workload, new_mounts, hide_run),
+        *(hide, replace_etc, new_sys, come_back, work_in, new_user, new_users, read_only),
+        *(drop_capabilities, become, no_new_privileges, filter_calls),
     )
 }
 

@@ -106,6 +106,14 @@ class Workload:
         return str(self.block.link(self.number)[1])
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A workload that exists: the inode number of its network namespace, and its processes."""
+
+    network: int
+    pids: tuple[int, ...]
+
+
 Op = tuple[object, ...]
 
 
@@ -276,6 +284,7 @@ def enter_ops(
     spec: RunSpec,
     *,
     guest: bool = False,
+    joined: Joined | None = None,
 ) -> tuple[Op, ...]:
     """What the client does to itself before it becomes the command. See nsrun/enter.py.
 
@@ -284,6 +293,7 @@ def enter_ops(
     its own inside, so that it has no capability over either.
     ``guest`` says that root shares the gateway with the client's user: the first operation makes
     both namespaces, and the supervisor is told before it plugs a link in.
+    ``joined`` is the workload to enter, if it is there already.
     """
     apart, strict = nested or guest, spec.strict
     if strict and facts.machine not in seccomp.STRICT:
@@ -292,12 +302,12 @@ def enter_ops(
             f"no filter of system calls is known for {facts.machine}",
             f"leave out --strict; it knows {', '.join(seccomp.STRICT)}",
         )
-    ops: list[Op] = [("own_network",)] if guest else []
+    ops: list[Op] = [("own_network",)] if guest and not joined else []
     ops.append(("close_all_doors",) if strict else ("close_doors",))
-    if nested:
-        ops.append(("join_user",))
-    if not guest:
-        ops.append(("join_network",))
+    if joined:
+        ops.append(("join_workload", joined.network, list(joined.pids)))
+    else:
+        ops += [("join_user",)] * nested + [("join_network",)] * (not guest)
     if strict:
         ops.append(("stay_outside",))
     ops.append(("new_mounts",))

@@ -64,20 +64,6 @@ def end(network: int, guest: int | None, gone: Callable[[], bool]) -> None:
             raise NsrunError("kill it", f"it still has some after {SECONDS:g} s", hint)
 
 
-def open_network(network: int) -> int:
-    """A descriptor of the network namespace with this inode number, by a process in it.
-
-    Raises NsrunError if none is left.
-    """
-    for pid in _pids():
-        with suppress(OSError):
-            fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            if os.fstat(fd).st_ino == network:
-                return fd
-            os.close(fd)
-    raise NsrunError("join the workload", "its last process has just ended")
-
-
 def _held(network: int, guest: int | None) -> Iterator[tuple[int, int]]:
     """Each process of a workload with a pidfd, which the caller must close.
 

@@ -91,6 +91,7 @@ class RunSpec:
     ``socks`` asks for Tor's proxies on loopback, ``pcap`` is a file to record the link in. ``env``
     is NAME=VALUE or NAME, after the files of ``env_files``. ``timeout`` is in seconds; with 0 the
     command may run for ever.
+    ``join`` is the name of a workload whose network is to be joined; else there will be a new one.
     """
 
     command: tuple[str, ...]
@@ -108,6 +109,7 @@ class RunSpec:
     timeout: float = 0.0
     strict: Strict | None = None
     pcap: str = ""
+    join: str | None = None
 
     def __post_init__(self) -> None:
         check_name("gateway", self.gateway)
@@ -116,8 +118,9 @@ class RunSpec:
         for setting in self.env:
             if not setting.partition("=")[0]:
                 raise UsageError(f"set {setting!r}", "there is no name", "--env NAME=VALUE")
-        if self.name is not None:
-            check_name("workload", self.name)
+        for name in (self.name, self.join):
+            if name is not None:
+                check_name("workload", name)
         if self.pcap == "-":
             cause = "standard output is the command's"
             raise UsageError("write the capture to -", cause, "a file; or --pcap /dev/stdout")

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from nsrun import __version__, enter
+from nsrun import __version__, client, enter
 from nsrun.cli import config, doctor, gateway, lab, leak, run, workload
 from nsrun.errors import ExitCode, NsrunError, UsageError
 
@@ -24,8 +24,8 @@ app = typer.Typer(
 app.add_typer(gateway.app, name="gateway")
 app.add_typer(lab.app, name="lab")
 app.add_typer(config.app, name="config")
-app.command("run", cls=run.CLASS, context_settings=run.CONTEXT)(run.run)
-app.command("plan", cls=run.CLASS, context_settings=run.CONTEXT)(run.plan)
+run.register(app)
+app.command("plan", cls=run.CLASS, context_settings=run.CONTEXT)(run.takes_request(run.plan))
 for command in (workload.ps, workload.inspect, workload.kill, workload.refresh):
     app.command()(command)
 app.command()(doctor.doctor)
@@ -58,7 +58,7 @@ def _main(
 def main() -> NoReturn:
     """Run the command line. Every failure is one line, a hint and an exit code."""
     debug = "--debug" in sys.argv[1:2]
-    running = sys.argv[1 + debug : 2 + debug] == ["run"]
+    entering = " ".join(sys.argv[1 + debug : 2 + debug]) in client.ENTERING
     try:
         code = app(prog_name="ttp", standalone_mode=False)
     except NsrunError as error:
@@ -78,7 +78,7 @@ def main() -> NoReturn:
         hint = "run with --debug for a traceback, and report it"
         code = _fail(f"an unforeseen error: {type(error).__name__}: {error}", hint, ExitCode.FAILED)
     interrupted = code == ExitCode.INTERRUPTED
-    sys.exit(ExitCode.RUN_FAILED if running and code and not interrupted else code)
+    sys.exit(ExitCode.RUN_FAILED if entering and code and not interrupted else code)
 
 
 def _fail(message: str, hint: str, code: int) -> int:

@@ -1,4 +1,4 @@
-"""``ttp run`` and ``ttp plan``: their options, defined once, and the way to a gateway."""
+"""What runs commands: ``ttp run``, ``shell``, ``exec`` and ``plan``. Options are defined once."""
 
 from __future__ import annotations
 
@@ -137,36 +137,55 @@ def _check(**option: Any) -> None:
 CLASS = settings.settable("run", _check)
 
 
-def takes_request(act: Callable[[RunSpec], None]) -> Callable[..., None]:
-    """A typer command that has the options of ``request`` and acts on the value they make."""
+def takes_request(act: Callable[[RunSpec], None], *, of_shell: bool = False) -> Callable[..., None]:
+    """A typer command that has the options of ``request`` and acts on the value they make.
+
+    One ``of_shell`` is not told which command to run.
+    """
 
     @wraps(act)
     def command(**given: Any) -> None:
+        if of_shell:
+            given["command"] = [_shell()]
         act(request(**given))
 
     hints = get_type_hints(request, include_extras=True)
     del hints["return"]
-    command.__annotations__ = hints
     signature = inspect.signature(request, eval_str=True)
-    command.__signature__ = signature.replace(return_annotation=None)  # type: ignore[attr-defined]
+    parameters = list(signature.parameters.values())
+    if of_shell:
+        del hints["command"]
+        del parameters[0]
+    command.__annotations__ = hints
+    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=parameters, return_annotation=None
+    )
     return command
 
 
-@takes_request
 def run(spec: RunSpec) -> None:
     """Run COMMAND behind Tor. Its exit code is ours; 125 if we fail, 126 and 127 as env(1).
 
     The gateway named default, and those that a configuration file describes, are started if they
     are not up.
     """
+    _enter("run", spec)
+
+
+def shell(spec: RunSpec) -> None:
+    """Run your shell ($SHELL) behind Tor: as `ttp run -- $SHELL`, with a prompt that says so."""
+    _enter("shell", spec)
+
+
+def _enter(verb: str, spec: RunSpec) -> None:
     from nsrun.cli.gateway import on_demand
     from nsrun.gateway import control
 
-    arguments = sys.argv[sys.argv.index("run") + 1 :]
+    arguments = sys.argv[sys.argv.index(verb) + 1 :]
     try:
         for attempt in (1, 2):
             try:
-                client.become(arguments, spec.gateway, settings.gathered())
+                client.become(arguments, spec.gateway, settings.gathered(), verb)
             except client.NotHereError:
                 if attempt == 2:
                     raise NsrunError("reach the gateway", "it ended as soon as it was up") from None
@@ -176,7 +195,59 @@ def run(spec: RunSpec) -> None:
         client.fail(failure)
 
 
-@takes_request
+def exec_(
+    workload: Annotated[str, typer.Argument(metavar="NAME", help="Name of the workload.")],
+    command: Command,
+    gateway: Annotated[
+        str | None, typer.Option("--gateway", "-g", help="Only of this gateway; else of all.")
+    ] = None,
+    user: User = None,
+    workdir: Workdir = None,
+    env: Env = None,
+    env_file: EnvFile = None,
+    verbose: Verbose = False,
+) -> None:
+    """Run COMMAND in the network of the workload NAME: the same identity, the same circuits."""
+    from nsrun.gateway import control
+
+    found = control.workload(workload, gateway)
+    joining(workload, command, found["gateway"], user, workdir, env, env_file, verbose)
+    arguments = sys.argv[sys.argv.index("exec") + 1 :]
+    try:
+        client.become(arguments, found["gateway"], settings.gathered(), "exec")
+    except client.NotHereError:
+        raise NsrunError(f"join the workload {workload}", "it has just ended") from None
+    except client.RefusedError as failure:
+        client.fail(failure)
+
+
+def joining(
+    workload: str,
+    command: list[str],
+    gateway: str,
+    user: str | None,
+    workdir: str | None,
+    env: list[str] | None,
+    env_file: list[str] | None,
+    verbose: bool,
+) -> RunSpec:
+    """What ``ttp exec`` asks for, as a value."""
+    return RunSpec(
+        tuple(command[command[0] == "--" :]),  # after NAME, `--` is taken for an argument
+        gateway,
+        user=user,
+        verbose=verbose,
+        workdir=workdir,
+        env=tuple(env or ()),
+        env_files=tuple(env_file or ()),
+        join=workload,
+    )
+
+
+def _shell() -> str:
+    return os.environ.get("SHELL") or "/bin/sh"
+
+
 def plan(spec: RunSpec) -> None:
     """Print every step that `ttp run` would take on a new gateway, and do nothing.
 
@@ -223,16 +294,29 @@ def parse(asked: dict[str, Any]) -> RunSpec | None:
 
     None if they are for the full interface to deal with: help is wanted, or they are wrong.
     """
+    verb = asked["do"]
+    group = _commands()
+    parent = typer.Context(group, obj=asked["defaults"])
     try:
-        arguments, defaults = list(asked["arguments"]), asked["defaults"]
-        with _command().make_context("run", arguments, obj=defaults) as found:
-            return request(**found.params)
+        with group.commands[verb].make_context(verb, list(asked["arguments"]), parent) as found:
+            if verb == "run":
+                return request(**found.params)
+            if verb == "shell":
+                return request([asked["shell"]], **found.params)
+            return joining(**{**found.params, "gateway": asked["gateway"]})
     except (typer.Exit, TyperException, UsageError):
         return None
 
 
 @cache
-def _command() -> Any:
+def _commands() -> Any:
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command("run", cls=CLASS, context_settings=CONTEXT)(run)
+    register(app)
     return typer.main.get_command(app)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands that end as another program (client.ENTERING)."""
+    app.command("run", cls=CLASS, context_settings=CONTEXT)(takes_request(run))
+    app.command("shell", cls=CLASS)(takes_request(shell, of_shell=True))
+    app.command("exec", context_settings=CONTEXT)(exec_)

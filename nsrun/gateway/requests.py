@@ -14,18 +14,20 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nsrun import __version__
+from nsrun import __version__, processes, prompt
 from nsrun.errors import ExitCode, GatewayError, NsrunError, UsageError
 from nsrun.gateway import guests, outside
-from nsrun.plan import enter_ops
-from nsrun.spec import RunSpec, check_seconds
+from nsrun.plan import Joined, Op, enter_ops
+from nsrun.spec import Caller, RunSpec, check_seconds
 from nsrun.user import resolve
 
 if TYPE_CHECKING:
     from nsrun.gateway.supervisor import Supervisor
+    from nsrun.gateway.workloads import Live
 
 log = logging.getLogger(__name__)
 
@@ -165,9 +167,18 @@ class Requests:
         gateway = self._gateway
         guest = client.uid if client.guest else None
         match request:
+            case {"do": "run" | "exec" | "shell", "version": str() as version} if (
+                version != __version__
+            ):
+                raise GatewayError(
+                    "use the running gateway",
+                    f"it is of version {__version__}, this ttp of {version}",
+                    f"restart it: ttp gateway down {gateway.spec.name}",
+                )
             case {
-                "do": "run",
-                "version": str(),
+                "do": "run" | "exec" | "shell",
+                "gateway": str(),
+                "shell": str(),
                 "arguments": list(),
                 "defaults": dict(),
                 "caller": dict(),
@@ -194,16 +205,10 @@ class Requests:
 
     async def _run(self, client: Client, request: dict[str, Any], turn: asyncio.Lock) -> None:
         gateway = self._gateway
-        if request["version"] != __version__:
-            raise GatewayError(
-                "use the running gateway",
-                f"it is of version {__version__}, this ttp of {request['version']}",
-                f"restart it: ttp gateway down {gateway.spec.name}",
-            )
         if client.guest:
             guests.check_words(request)
         spec = self._parse(request)
-        if spec is None or spec.gateway != gateway.spec.name:
+        if spec is None or spec.gateway != gateway.spec.name or not self._knows(client, spec):
             await client.send({"elsewhere": True})
             return
         if spec.pcap and client.guest:
@@ -213,8 +218,11 @@ class Requests:
         if spec.pcap and not files:  # the client opens it: it is his file, not ours
             await client.send({"record": spec.pcap, "descriptors": []})
             return
-        guest, asked, nested = client.guest, request["caller"], False
-        if guest:
+        joined = self._joined(client, spec)
+        if joined is not None:
+            spec = replace(spec, socks=joined.socks, strict=joined.strict)
+        asked, nested = request["caller"], False
+        if client.guest:
             asked = guests.caller(client.uid, client.gid, client.groups, asked)
         else:
             nested = asked["user_namespace"] != Path("/proc/self/ns/user").stat().st_ino
@@ -222,35 +230,27 @@ class Requests:
         uid = caller.uid if caller.switched else client.uid
         others = [live.pid for live in gateway.workloads.live.values()]
         warning = None if spec.strict else outside.warning(spec.command, uid, others)
-        enter = enter_ops(
-            gateway.spec, gateway.facts, gateway.block, caller, nested, spec, guest=guest
-        )
         await self._bootstrapped(client, spec.bootstrap_timeout)
-        descriptors = {}
-        if guest:
-            await client.send({"perform": enter[0], "verbose": spec.verbose})
-            if not await client.says_more():
-                return
-            async with turn:
-                live = await gateway.workloads.attach(spec, client.pid, client.uid)
-        else:
-            live, descriptors["network"] = await gateway.workloads.give(spec, client.pid, files)
+        placed = await self._place(client, spec, joined, caller, nested, files, turn)
+        if placed is None:
+            return
+        live, enter, descriptors = placed
         if spec.timeout:
             gateway.workloads.limit(live, spec.timeout)
-        what = f"of user {client.uid}" if guest else " ".join(spec.command)
+        what = f"of user {client.uid}" if client.guest else " ".join(spec.command)
         log.info("workload %s: pid %d, %s", live.name, client.pid, what)
-        if nested:
-            descriptors["user"] = os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         if bundle := gateway.spec.ca_bundle:
             descriptors["ca_bundle"] = os.open(bundle, os.O_RDONLY | os.O_CLOEXEC)
             environment |= dict.fromkeys(CA_VARIABLES, CA_FILE)
+        if request["do"] == "shell":
+            environment |= prompt.variables(spec.command[0], live.name)
         answer: dict[str, Any] = {
             "descriptors": list(descriptors),
-            "enter": enter[1:] if guest else enter,
+            "enter": enter,
             "environment": environment,
             "command": spec.command,
             "verbose": spec.verbose,
-            "effects": live.effects if spec.verbose else (),
+            "effects": live.effects if spec.verbose and not joined else (),
             "warning": warning,
         }
         if spec.env or spec.env_files:
@@ -262,10 +262,59 @@ class Requests:
         finally:
             for descriptor in descriptors.values():
                 os.close(descriptor)
-        if not (nested or guest) and await client.says_more():
+        if not (nested or client.guest) and await client.says_more():
             _map_users(client.pid)
             await client.say(b"m")
         gateway.notify()
+
+    async def _place(
+        self,
+        client: Client,
+        spec: RunSpec,
+        joined: Live | None,
+        caller: Caller,
+        nested: bool,
+        files: dict[str, int],
+        turn: asyncio.Lock,
+    ) -> tuple[Live, tuple[Op, ...], dict[str, int]] | None:
+        """The workload for a command, how to enter it, and descriptors for that.
+
+        None if the client has gone. Raises NsrunError.
+        """
+        gateway = self._gateway
+        at = (gateway.spec, gateway.facts, gateway.block, caller, nested, spec)
+        if joined is not None:
+            pids = await asyncio.to_thread(processes.members, joined.network, joined.guest)
+            there = Joined(joined.network, tuple(pids))
+            return joined, enter_ops(*at, guest=client.guest, joined=there), {}
+        enter = enter_ops(*at, guest=client.guest)
+        if client.guest:
+            await client.send({"perform": enter[0], "verbose": spec.verbose})
+            if not await client.says_more():
+                return None
+            async with turn:
+                return await gateway.workloads.attach(spec, client.pid, client.uid), enter[1:], {}
+        live, network = await gateway.workloads.give(spec, client.pid, files)
+        descriptors = {"network": network}
+        if nested:
+            descriptors["user"] = os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        return live, enter, descriptors
+
+    def _knows(self, client: Client, spec: RunSpec) -> bool:
+        """Whether the workload that the client wants to join, if it wants that, is here."""
+        seen = self._gateway.workloads.of(client.uid if client.guest else None)
+        return spec.join is None or any(live.name == spec.join for live in seen)
+
+    def _joined(self, client: Client, spec: RunSpec) -> Live | None:
+        """The workload that the client wants to join, if it is one. Raises NsrunError."""
+        if spec.join is None:
+            return None
+        user = client.uid if client.guest else None
+        found = self._gateway.workloads.named(spec.join, user)
+        if found.guest != user:
+            hint = f"only user {found.guest} can join it"
+            raise UsageError(f"join the workload {spec.join}", "it is another user's", hint)
+        return found
 
     async def _bootstrapped(self, client: Client, timeout: float) -> None:
         """Wait until Tor is ready, telling the client how far it is. Raises GatewayError."""

@@ -28,7 +28,7 @@ from nsrun.gateway.guests import MOST_WORKLOADS
 from nsrun.gateway.recording import Recording
 from nsrun.netns import Namespace
 from nsrun.plan import Workload, option_steps, workload_steps
-from nsrun.spec import Isolation, RunSpec
+from nsrun.spec import Isolation, RunSpec, Strict
 from nsrun.steps import AttachNamespace, DropElements, SetElements, Step
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class Live:
     clock: asyncio.Task[None] | None = None
     isolate: Isolation = "workload"
     socks: bool = False
+    strict: Strict | None = None
     identity: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
@@ -85,6 +86,7 @@ class Live:
             "identity": identity,
             "isolate": self.isolate,
             "socks": self.socks,
+            "strict": self.strict is not None,
         }
 
 
@@ -174,7 +176,7 @@ class Workloads:
 
         Its namespace is now the caller's to let go of. Raises NsrunError.
         """
-        live.isolate, live.socks = spec.isolate, spec.socks
+        live.isolate, live.socks, live.strict = spec.isolate, spec.socks, spec.strict
         live.network = os.fstat(live.machine.namespaces["workload"].fd).st_ino
         live.name, live.pid, live.guest = name, pid, guest
         live.command, live.since = spec.command, time.time()

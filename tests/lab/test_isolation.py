@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from harness import ROOT
-from lab_helpers import TTP, Lab
+from lab_helpers import PLAIN_ORACLE, TTP, Lab
 from town import eventually
 
 pytestmark = pytest.mark.lab
@@ -132,6 +132,22 @@ def test_workloads_share_no_circuit_and_a_refresh_gives_new_ones(lab: Lab) -> No
     assert all(sets)
     assert sum(map(len, sets)) == len(set.union(*sets)), found
     assert len(found.circuits(other)) < 3, "control: a workload's own connections share a circuit"
+
+
+@pytest.mark.promise("P7")
+def test_exec_is_the_same_to_tor(lab: Lab) -> None:
+    """A command that joins a workload has its identity, and its circuits."""
+    with streams(lab) as found:
+        host = Fetcher(lab, "host")
+        try:
+            host.fetch()
+            done = lab.ttp("exec", "-g", lab.name, "host", "curl", "-sS", PLAIN_ORACLE)
+            assert done.returncode == 0, done.stderr
+        finally:
+            host.close()
+    assert len(found.identities) == 1
+    assert len({where for _, where, _ in found.seen}) > 1, "control: both were seen"
+    assert len(found.circuits()) < 3
 
 
 @pytest.mark.promise("P7")

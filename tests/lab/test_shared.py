@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -234,6 +235,31 @@ def test_users_do_not_see_each_other(lab: Lab, alice: Person, bob: Person) -> No
         assert "has that name" in taken.stderr
     log = lab.do(*lab.inside_argv("host", "stat", "-c", "%a", f"{log_of(lab, alice)}"))
     assert log.stdout == "600\n"
+
+
+@pytest.mark.promise("P5", "P10")
+def test_users_cannot_touch_each_others_commands(lab: Lab, alice: Person, bob: Person) -> None:
+    """Neither join nor signal them; their own they can. Root can signal, but not join, a user's."""
+    with alice.running("hers") as hers, bob.running("his"):
+        theirs = f"import os; print(os.stat('/proc/{hers.pid}/ns/net').st_ino)"
+        seen = "import os; print(os.stat('/proc/self/ns/net').st_ino)"
+        joined = alice.ttp("exec", "-g", alice.gateway, "hers", PYTHON, "-c", seen)
+        assert joined.returncode == 0, joined.stderr
+        assert joined.stdout == lab.do(PYTHON, "-c", theirs).stdout
+        for verb in (["exec"], ["kill"]):
+            refused = bob.ttp(*verb, "-g", bob.gateway, "hers", *(["true"] * (verb == ["exec"])))
+            assert refused.returncode != 0
+            assert "there is none" in refused.stderr
+        refused = lab.ttp("exec", "-g", alice.gateway, "hers", "true")
+        assert refused.returncode == 125
+        assert "another user's" in refused.stderr
+        assert hers.poll() is None
+        assert alice.ttp("kill", "-g", alice.gateway, "hers").returncode == 0
+        assert hers.wait(10) == -signal.SIGTERM
+        assert lab.ttp("kill", "-g", alice.gateway, "-s", "KILL", "his").returncode == 0
+    limit = ("--timeout", "0.5", "--", "sleep", "60")
+    done = alice.ttp("run", "-g", alice.gateway, *limit)
+    assert done.returncode == -signal.SIGTERM
 
 
 def log_of(lab: Lab, someone: Person) -> str:

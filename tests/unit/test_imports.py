@@ -22,6 +22,7 @@ PURE = (
     "nsrun.address",
     "nsrun.errors",
     "nsrun.seccomp",
+    "nsrun.prompt",
     "nsrun.lab.description",
     "nsrun.lab.topology",
     "nsrun.lab.torrcs",

@@ -174,7 +174,7 @@ def test_a_supervisor_opens_no_file_of_a_client() -> None:
 
     def parsed(text: str) -> RunSpec | None:
         defaults = {"files": [["/no/such/file", text]], "environment": {"TTP_GATEWAY": "mine"}}
-        return parse({"arguments": ["--", "true"], "defaults": defaults})
+        return parse({"do": "run", "arguments": ["--", "true"], "defaults": defaults})
 
     assert parsed(text) == RunSpec(("true",), gateway="mine", ipv6=False)
     assert parsed("[broken") is None
