@@ -57,8 +57,8 @@ def left(mark: str) -> list[str]:
 
 
 def marked() -> str:
-    """An unusual time to sleep, to be recognised by."""
-    return f"4{time.monotonic_ns() % 10**9}.5"
+    """An unusual time to sleep, to be recognised by: a minute, lest a failed test leaves it."""
+    return f"60.{time.monotonic_ns() % 10**9:09}"
 
 
 @pytest.mark.parametrize(
