@@ -214,7 +214,8 @@ class Requests:
         if spec.pcap and client.guest:
             hint = "use one of your own: ttp gateway up NAME"
             raise UsageError("record on this gateway", "it takes no file of another user", hint)
-        files = dict(zip(request.get("descriptors", ()), client.descriptors, strict=False))
+        names = () if client.guest else request.get("descriptors", ())
+        files = dict(zip(names, client.descriptors, strict=False))
         if spec.pcap and not files:  # the client opens it: it is his file, not ours
             await client.send({"record": spec.pcap, "descriptors": []})
             return

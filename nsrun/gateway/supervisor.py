@@ -16,7 +16,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -189,10 +189,15 @@ class Supervisor:
                 return
             await self.change(left)
 
-    async def change(self, timeout: float | None) -> None:
-        """Wait until anything changed, or ``timeout`` seconds."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout)
+    def change(self, timeout: float | None) -> Coroutine[None, None, None]:
+        """Wait until anything has changed since this call, or ``timeout`` seconds."""
+        changed = self._changed
+
+        async def wait() -> None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), timeout)
+
+        return wait()
 
     def notify(self) -> None:
         self._changed.set()
