@@ -94,6 +94,9 @@ def up(
             "--group", help="Let members of this group use it, each for himself; only root can."
         ),
     ] = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay, and be the gateway; for service managers.")
+    ] = False,
     bootstrap_timeout: Annotated[
         float, typer.Option("--bootstrap-timeout", min=0, help="Seconds to wait for Tor.")
     ] = 180.0,
@@ -109,7 +112,14 @@ def up(
     spec = describe(name, uplink, torrc, idle, group, bootstrap_timeout)
     if control.owner(name) == os.geteuid():
         raise UsageError(f"start the gateway {name}", "it is up", f"ttp gateway down {name}")
-    control.start(spec, echo=client.echo if verbose else None)
+    echo = client.echo if verbose else None
+    if foreground:
+        from nsrun.gateway.__main__ import serve
+        from nsrun.gateway.service import teller
+
+        serve(spec, teller(echo))
+        return
+    control.start(spec, echo)
     control.ask(name, {"do": "wait", "timeout": bootstrap_timeout})
 
 

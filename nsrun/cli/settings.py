@@ -31,7 +31,7 @@ SECTIONS = {"run": "TTP_", "gateway": "TTP_", "lab": "TTP_LAB_"}  # and what var
 GATEWAY = "gateway"  # the section that may have a part for each name
 
 # They say which one is meant, and cannot be meant for all.
-ONCE = {"name", "pcap", "help"}
+ONCE = {"name", "pcap", "foreground", "help"}
 
 DIRECTORIES = {"TTP_RUNTIME_DIR", "TTP_STATE_DIR", "TTP_CONFIG"}  # see nsrun/paths.py
 

@@ -22,7 +22,7 @@ from nsrun import paths
 from nsrun.cli.run import parse
 from nsrun.errors import GatewayError, NsrunError
 from nsrun.facts import search_path
-from nsrun.gateway.supervisor import Supervisor
+from nsrun.gateway.supervisor import Supervisor, Tell
 from nsrun.gateway.uplink import veth_name
 from nsrun.gateway.uplink_veth import sweep_veth
 from nsrun.spec import GatewaySpec, LabUplink
@@ -41,36 +41,48 @@ def main() -> int:
     if detach:
         os.setsid()
         os.chdir("/")
+    uplinks = [one if isinstance(one, str) else LabUplink(**one) for one in request["uplinks"]]
+    spec = GatewaySpec(**{**request, "uplinks": tuple(uplinks)})
+    try:
+        serve(spec, tell if detach else _print)
+    except NsrunError as error:
+        failure = {"doing": error.doing, "cause": error.cause, "hint": error.hint}
+        _print({"error": {**failure, "busy": isinstance(error, BusyError)}})
+        return int(error.code)
+    return 0
+
+
+def serve(spec: GatewaySpec, tell: Tell) -> None:
+    """Be the supervisor of a gateway, from nothing to its end. Raises NsrunError."""
+    for name in [name for name in os.environ if name.startswith("TTP_")]:
+        if name not in ("TTP_RUNTIME_DIR", "TTP_STATE_DIR"):
+            del os.environ[name]  # a default of options, which each client sends itself
     os.environ["PATH"] = search_path()  # a user's lacks nft on some distributions
     logging.raiseExceptions = False  # a full disk must not be the end, nor a screen full of it
+    lock = _claim(spec.runtime)
     try:
-        lock = _claim(request["runtime"])
-        if request.get("group") is not None:
-            _open_way(Path(request["runtime"]))
-        _sweep(Path(request["runtime"]).parent)
-        _make_private(request["state"])
-        _empty(paths.log(request["state"]))
+        if spec.group is not None:
+            _open_way(Path(spec.runtime))
+        _sweep(Path(spec.runtime).parent)
+        _make_private(spec.state)
+        _empty(paths.log(spec.state))
         logging.basicConfig(
-            filename=paths.log(request["state"]),  # to append: Tor and the uplink write there too
+            filename=paths.log(spec.state),  # to append: Tor and the uplink write there too
             level=logging.INFO,
             format="%(asctime)s %(levelname)s %(message)s",
         )
         logging.getLogger("stem").propagate = False
         if os.geteuid() == 0:
-            sweep_veth(veth_name(request["name"]))  # what a killed gateway left on the host
+            sweep_veth(veth_name(spec.name))  # what a killed gateway left on the host
         else:
             own_user_namespace()
-        uplinks = [one if isinstance(one, str) else LabUplink(**one) for one in request["uplinks"]]
-        spec = GatewaySpec(**{**request, "uplinks": tuple(uplinks)})
-        asyncio.run(Supervisor(spec, parse, tell if detach else _print).run())
-        os.close(lock)
+        asyncio.run(Supervisor(spec, parse, tell).run())
     except NsrunError as error:
         if logging.root.handlers:  # else it failed before there was a log
             logging.error("%s", error)
-        failure = {"doing": error.doing, "cause": error.cause, "hint": error.hint}
-        _print({"error": {**failure, "busy": isinstance(error, BusyError)}})
-        return int(error.code)
-    return 0
+        raise
+    finally:
+        os.close(lock)
 
 
 def tell(message: dict[str, Any]) -> None:

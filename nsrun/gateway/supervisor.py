@@ -103,7 +103,7 @@ class Supervisor:
         gateway = self.machine.namespaces["gateway"]
 
         def changed() -> None:  # called from a thread of stem's
-            self._loop.call_soon_threadsafe(self.notify)
+            self._loop.call_soon_threadsafe(self._tor_changed)
 
         self.tor = Tor(step, gateway, self.log_path, changed)
         self._loop.add_reader(self.tor.pidfd, self._tor_died, step)
@@ -116,6 +116,12 @@ class Supervisor:
         if self.uplink.pidfd is not None:
             self._loop.add_reader(self.uplink.pidfd, self._uplink_died, step)
         return self.uplink
+
+    def _tor_changed(self) -> None:
+        progress = self.progress
+        summary = progress.problem or progress.summary
+        self._tell({"progress": progress.percent, "summary": summary})
+        self.notify()
 
     def _tor_died(self, step: StartTor) -> None:
         """Tor ended: closed until a new one has bootstrapped, which is started at once."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -163,6 +165,32 @@ def test_a_member_has_the_options_of_ones_own_gateway(alice: Person) -> None:
     assert refused.returncode == 125
     assert "takes no file of another user" in refused.stderr
     assert not file.exists()
+
+
+@pytest.mark.promise("P5")
+@pytest.mark.parametrize(
+    ("options", "command", "words"),
+    [
+        ("--strict", "id -u", str(USER)),
+        (
+            "--socks",
+            "curl -sS -x socks5h://127.0.0.1:9050 http://check.torproject.org/api/ip",
+            "true",
+        ),
+        ("--isolate connection", "curl -sS http://check.torproject.org/api/ip", "true"),
+        ("--no-ipv6", "sh -c 'ip -6 route show default | wc -l'", "0"),
+        ("--workdir /etc", "pwd", "/etc"),
+        ("--timeout 0.5", "sh -c 'trap \"echo ended; exit\" TERM; sleep 30 & wait'", "ended"),
+        ("--pcap x.pcap", "true", "takes no file of another user"),
+    ],
+)
+def test_options_do_for_a_member_what_they_do(
+    alice: Person, options: str, command: str, words: str
+) -> None:
+    """All but the one for which root's supervisor would have to write to a member's file."""
+    argv = (*shlex.split(options), "--", *shlex.split(command))
+    done = alice.ttp("run", "-g", alice.gateway, *argv)
+    assert words in done.stdout + done.stderr
 
 
 @pytest.mark.promise("P3", "P5")
@@ -375,8 +403,8 @@ def test_ill_requests_end_no_supervisor(lab: Lab, alice: Person, bob: Person) ->
         "  s.close()\n"
         "toml = {'environment': {}, 'files': [['f', 'x' * (1 << 17)]]}\n"
         "for change in ({'arguments': [1]}, {'arguments': 'x'}, {'caller': 1}, {'caller': {}},\n"
-        "    {'version': 1}, {'defaults': 1}, {'defaults': {}}, {'defaults': toml},\n"
-        "    {'caller': {'own': [1]}}):\n"
+        "    {'descriptors': 7, 'caller': {}}, {'version': 1}, {'defaults': 1}, {'defaults': {}},\n"
+        "    {'defaults': toml}, {'caller': {'own': [1]}}):\n"
         "  s = guest.ask(name, **change); s.settimeout(5)\n"
         "  assert 'error' in guest.hear(s), change\n"
         "toml['files'] = [['f', 'a=' + '[' * 60000]]\n"
@@ -401,6 +429,51 @@ def test_a_group_that_is_none_starts_nothing(lab: Lab) -> None:
     done = lab.ttp("gateway", "up", f"{lab.name}-none", "--group", "no-such-group")
     assert done.returncode == 2
     assert "groupadd --system no-such-group" in done.stderr
+
+
+@contextmanager
+def stopped(process: subprocess.Popen[str]) -> Iterator[None]:
+    """The process has ended after the block, however that ends."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.promise("P8")
+def test_in_the_foreground_a_gateway_is_a_service(lab: Lab) -> None:
+    """It says when it answers, serves, ends by SIGTERM with 0, and nothing of it stays."""
+    name, fragment = f"{lab.name}-fg", lab.home / "fragment"
+    fragment.write_text(str(lab.status()["client_torrc"]))
+    up = (
+        "gateway",
+        "up",
+        name,
+        "--foreground",
+        "--uplink",
+        "slirp4netns",
+        "--torrc",
+        str(fragment),
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(lab.home / "notify"))
+        manager.settimeout(30)
+        notify = f"NOTIFY_SOCKET={lab.home / 'notify'}"
+        argv = lab.inside("host", "env", notify, TTP, *up)
+        service = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+        with stopped(service):
+            told = ""
+            while told != "READY=1":
+                told = manager.recv(200).decode()
+            assert lab.ttp("run", "-g", name, "--", "true").returncode == 0
+            found = inspect(lab, name)
+            assert found["pid"] == service.pid
+            service.terminate()
+            assert service.communicate(timeout=20)[1] == ""
+            assert service.returncode == 0
+    gone = (f"/proc/{found['tor']['pid']}", f"/proc/{found['uplink']['pid']}", found["runtime"])
+    eventually(lambda: not any(Path(path).exists() for path in gone), "all of it to go")
 
 
 @pytest.mark.promise("P4", "P8")
