@@ -67,15 +67,7 @@ def become(
     and RefusedError when it refuses. After that there is no way back: an error ends the process
     with 125, 126 or 127.
     """
-    request = {
-        "do": verb,
-        "version": __version__,
-        "gateway": gateway,
-        "shell": os.environ.get("SHELL") or "/bin/sh",
-        "arguments": arguments,
-        "defaults": defaults,
-        "caller": caller(),
-    }
+    request = wish(verb, arguments, gateway, defaults)
     server = send(reach(gateway), request)
     from nsrun import enter  # noqa: F401  now: it takes a millisecond, and so does the supervisor
 
@@ -110,6 +102,19 @@ def become(
     if recorded:
         parent.die_with_us()
     _exec(answer["command"], environment)
+
+
+def wish(verb: str, arguments: list[str], gateway: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The request to carry out ``ttp VERB ARGUMENTS``."""
+    return {
+        "do": verb,
+        "version": __version__,
+        "gateway": gateway,
+        "shell": os.environ.get("SHELL") or "/bin/sh",
+        "arguments": arguments,
+        "defaults": defaults,
+        "caller": caller(),
+    }
 
 
 def ask(server: _socket.socket, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:

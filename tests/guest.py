@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 
-from nsrun import __version__, client, enter
+from nsrun import client, enter
 
 ADD_LINK = "ip link add one type veth peer name two"
 
@@ -22,13 +22,7 @@ ADD_LINK = "ip link add one type veth peer name two"
 def ask(name: str, **changes: object) -> socket.socket:
     """A request to run something; what comes back is one line at a time, by ``hear``."""
     server = socket.socket(fileno=client.reach(name).detach())
-    request = {
-        "do": "run",
-        "version": __version__,
-        "defaults": client.defaults(),
-        "arguments": ["-g", name, "--", "guest"],
-        "caller": client.caller(),
-    }
+    request = client.wish("run", ["-g", name, "--", "guest"], name, client.defaults())
     server.sendall(json.dumps({**request, **changes}).encode() + b"\n")
     return server
 

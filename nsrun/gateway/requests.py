@@ -177,6 +177,7 @@ class Requests:
                 )
             case {
                 "do": "run" | "exec" | "shell",
+                "version": str(),
                 "gateway": str(),
                 "shell": str(),
                 "arguments": list(),
