@@ -32,11 +32,11 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 PARTS: dict[str, Callable[[Lab], Iterator[Figure]]] = {
     "commands": warm_starts,
-    "traffic": by_redirect_and_socks,
-    "uplinks": by_uplink,
-    "live": live_workloads,
     "sustained": sustained,
+    "live": live_workloads,
     "rest": at_rest,
+    "uplinks": by_uplink,
+    "traffic": by_redirect_and_socks,
     "cold": cold_starts,
 }
 

@@ -255,6 +255,7 @@ class Requests:
             "effects": live.effects if spec.verbose and not joined else (),
             "warning": warning,
         }
+        live.effects = ()  # told, or nobody wants to know: a kilobyte or two
         if spec.env or spec.env_files:
             answer["env"] = {"files": spec.env_files, "settings": spec.env}
         if spec.strict:
