@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import resource
 import shutil
 import sys
 from contextlib import suppress
@@ -57,6 +58,8 @@ def serve(spec: GatewaySpec, tell: Tell) -> None:
     for name in [name for name in os.environ if name.startswith("TTP_")]:
         if name not in ("TTP_RUNTIME_DIR", "TTP_STATE_DIR"):
             del os.environ[name]  # a default of options, which each client sends itself
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each request has one, or several
     os.environ["PATH"] = search_path()  # a user's lacks nft on some distributions
     logging.raiseExceptions = False  # a full disk must not be the end, nor a screen full of it
     lock = _claim(spec.runtime)
