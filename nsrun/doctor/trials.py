@@ -17,10 +17,11 @@ from nsrun import linux, ruleset, seccomp
 from nsrun.address import choose_block
 from nsrun.apply import Machine, apply
 from nsrun.doctor import MISSING, OK, WARNING, Finding
-from nsrun.errors import NsrunError
+from nsrun.errors import NsrunError, VerifyError
 from nsrun.gateway import uplink
+from nsrun.netlink import IFF_NOARP, IFF_UP
 from nsrun.netns import Namespace
-from nsrun.plan import LINK_PREFIX, UPLINK, Workload, workload_steps
+from nsrun.plan import LINK_MAC, LINK_PREFIX, MTU, UPLINK, Workload, workload_steps
 from nsrun.steps import Ip, LoadRules, SetSysctl, Step
 from nsrun.userns import own_user_namespace, refusal
 
@@ -112,9 +113,13 @@ def _gateway(tell: Tell, directory: str, rootless: bool) -> None:
     forward, forward6 = "net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"
     loaded = "rules loaded and read back"
 
-    def done(name: str, found: str, do: str, *steps: Step) -> bool:
+    def done(
+        name: str, found: str, do: str, *steps: Step, check: Callable[[], None] | None = None
+    ) -> bool:
         try:
             with apply(steps, machine.do):
+                if check is not None:
+                    check()
                 tell(Finding(name, OK, found))
         except NsrunError as error:
             tell(Finding(name, MISSING, error.cause, do))
@@ -130,9 +135,40 @@ def _gateway(tell: Tell, directory: str, rootless: bool) -> None:
         ):
             _uplinks(tell, machine.namespaces["gateway"], directory, rootless)
             if done("nat, conntrack", f"a gateway's {loaded}", MODULES, _rules(rules)):
-                plugged = workload_steps(Workload(block, 2))
-                up = Ip("gateway", ("link set lo up",))
-                done("veth", "a workload plugged into it", "sudo modprobe veth", up, *plugged)
+                workload = Workload(block, 2)
+                steps = (Ip("gateway", ("link set lo up",)), *workload_steps(workload))
+
+                def check() -> None:
+                    machine.namespaces["workload"].call(read_back, workload)
+
+                found = "a workload plugged into it, and read back"
+                done("veth", found, "sudo modprobe veth", *steps, check=check)
+
+
+def read_back(workload: Workload) -> None:
+    """Compare the workload's namespace, in which we are, with what was meant.
+
+    By pyroute2 and not by our own netlink.py, which may be as wrong in reading as in writing.
+    Raises VerifyError.
+    """
+    from pyroute2 import IPRoute  # 130 ms
+
+    with IPRoute() as kernel:
+        links = {link.get("ifname"): link for link in kernel.get_links()}
+        addresses = {found.get("address") for found in kernel.get_addr(label="eth0")}
+        addresses |= {found.get("address") for found in kernel.get_addr(family=socket.AF_INET6)}
+        routes = {route["family"] for route in kernel.get_default_routes()}
+    link = links.get("eth0", {})
+    as_meant = {
+        "links": set(links) == {"lo", "eth0"},
+        "MTU": link.get("mtu") == MTU,
+        "MAC address": link.get("address") == LINK_MAC,
+        "flags": link.get("flags", 0) & (IFF_UP | IFF_NOARP) == IFF_UP | IFF_NOARP,
+        "addresses": addresses - {"::1"} == {workload.address4, workload.address6},
+        "default routes": routes == {socket.AF_INET, socket.AF_INET6},
+    }
+    if wrong := [what for what, right in as_meant.items() if not right]:
+        raise VerifyError("plug a workload in", f"the kernel has other {', '.join(wrong)}")
 
 
 def _off(key: str) -> Step:

@@ -18,7 +18,8 @@ import pytest
 from nsrun import ruleset
 from nsrun.address import BLOCKS
 from nsrun.apply import Machine
-from nsrun.errors import NsrunError
+from nsrun.doctor.trials import read_back
+from nsrun.errors import NsrunError, VerifyError
 from nsrun.gateway.workloads import Workloads, gone_links, link_monitor
 from nsrun.plan import LINK_MAC, Workload, option_steps, workload_steps
 from nsrun.spec import RunSpec
@@ -133,6 +134,23 @@ def test_a_workload_is_the_same_as_by_ip_and_nft(ours: Pair, theirs: Pair) -> No
     with suppress(AssertionError):
         eventually(lambda: ours.state() == theirs.state(), "the kernel to notice that links are up")
     assert ours.state() == theirs.state()
+
+
+@pytest.mark.promise("P12")
+def test_what_is_plugged_in_is_read_back_by_another_hand(ours: Pair) -> None:
+    """As ``ttp doctor`` does; a link that answers ARP, or another address, is noticed."""
+    workload, machine = Workload(BLOCK, 2), ours.machine
+    for step in (LoadRules("gateway", TABLE), *workload_steps(workload)[1:]):
+        machine.do(step)
+    space = machine.namespaces["workload"]
+    space.call(read_back, workload)
+    for wrong, line in (
+        ("flags", "link set eth0 arp on"),
+        ("addresses", "address add 10.9.9.9/32 dev eth0"),
+    ):
+        ours.run("workload", "ip", *line.split())
+        with pytest.raises(VerifyError, match=wrong):
+            space.call(read_back, workload)
 
 
 def test_a_refusal_names_the_line_and_the_kernels_reason(ours: Pair) -> None:
