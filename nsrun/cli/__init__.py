@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from nsrun import __version__, client, enter
-from nsrun.cli import config, doctor, gateway, lab, leak, run, workload
+from nsrun.cli import check, config, doctor, gateway, lab, leak, run, workload
 from nsrun.errors import ExitCode, NsrunError, UsageError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ for command in (workload.ps, workload.inspect, workload.kill, workload.refresh):
     app.command()(command)
 app.command()(doctor.doctor)
 app.command()(leak.leaktest)
+app.command(check.NAME)(check.check_leak)
 
 
 def _version(value: bool) -> None:
@@ -40,6 +41,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[  # noqa: ARG001  acts by its callback
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -47,7 +49,7 @@ def _main(
         bool, typer.Option("--debug", help="Show a traceback when ttp itself fails.")
     ] = False,
 ) -> None:
-    if Path(enter.WORKLOAD_MARK).exists():
+    if Path(enter.WORKLOAD_MARK).exists() and context.invoked_subcommand != check.NAME:
         raise UsageError(
             "use ttp inside a workload",
             "this process is behind Tor already, and so is what it starts",

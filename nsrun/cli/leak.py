@@ -78,7 +78,7 @@ def leaktest(
         raise UsageError(f"test in the lab {lab}", "it has no gateway", f"ttp lab up {lab}")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ttp-leaktest-") as files:
-        bench = battery.Bench(described, _program(), Path(files))
+        bench = battery.Bench(described, program(), Path(files))
         if fuzz:
             _fuzz(bench, fuzz, seed, as_json, pcap)
             return
@@ -128,7 +128,7 @@ def _chosen(wanted: Sequence[str]) -> list[Probe]:
     return [one for one in PROBES if any(fnmatch.fnmatchcase(one.name, p) for p in wanted)]
 
 
-def _program() -> str:
+def program() -> str:
     """The ``ttp`` that runs now, for the processes that it starts."""
     beside = Path(sys.executable).with_name("ttp")
     return str(beside) if beside.exists() else "ttp"
