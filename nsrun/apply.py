@@ -63,8 +63,7 @@ class Machine:
         try:
             self._do(step)
         except OSError as error:
-            doing = f"carry out a step ({type(step).__name__})"
-            raise NsrunError(doing, error, f"the step was: {step.describe()}") from error
+            raise NsrunError(f"do: {_first(step)}", error.strerror or error) from error
 
     def _do(self, step: Step) -> None:
         match step:
@@ -125,8 +124,13 @@ class Machine:
             ) from error
         if done.returncode != 0:
             last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
-            raise NsrunError(f"set up the {where}", last[0], f"the step was: {step.describe()}")
+            raise NsrunError(f"set up the {where}", last[0], f"the step was: {_first(step)}")
         return done.stdout
+
+
+def _first(step: Step) -> str:
+    """The first line of what a person would type; what is fed into it has any number."""
+    return step.describe().partition("\n")[0].removesuffix(" <<'EOF'")
 
 
 def apply(steps: Iterable[Step], do: Callable[[Step], None]) -> ExitStack:

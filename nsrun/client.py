@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # typing costs 6 ms
     from typing import Any, NoReturn
 
 ENTERING = ("run", "exec", "shell")  # the commands that end as another program
+# Seconds. A supervisor that is at work says so every five, but not while it starts a new Tor.
+PATIENCE = 30
+
 RUN_FAILED, NOT_EXECUTABLE, NOT_FOUND, INTERRUPTED = 125, 126, 127, 130
 
 
@@ -39,22 +42,25 @@ class NotHereError(Exception):
 
 def main() -> NoReturn:
     """Entry point of the ``ttp`` command."""
-    if sys.argv[1:2] and sys.argv[1] in ENTERING:
-        try:
-            given = defaults()
-            become(sys.argv[2:], _gateway(sys.argv[1:], given), given, sys.argv[1])
-        except NotHereError:
-            pass
-        except RefusedError as failure:
-            fail(failure)
-        except KeyboardInterrupt:
-            raise SystemExit(INTERRUPTED) from None
-    import site  # the launcher starts Python without it, to save 3 ms
+    entering = sys.argv[1:2] and sys.argv[1] in ENTERING
+    try:
+        if entering:
+            try:
+                given = defaults()
+                become(sys.argv[2:], _gateway(sys.argv[1:], given), given, sys.argv[1])
+            except NotHereError:
+                pass
+            except RefusedError as failure:
+                fail(failure)
+        import site  # the launcher starts Python without it, to save 3 ms
 
-    site.main()
-    from nsrun.cli import main as full
+        site.main()
+        from nsrun.cli import main as full
 
-    full()
+        full()
+    except KeyboardInterrupt:
+        complain("ttp: interrupted" + ("; the command was not run" if entering else "") + "\n")
+        raise SystemExit(INTERRUPTED) from None
     raise AssertionError("the command line interface returned")
 
 
@@ -128,13 +134,18 @@ def ask(server: _socket.socket, request: dict[str, Any]) -> tuple[dict[str, Any]
 def send(
     server: _socket.socket, request: dict[str, Any], files: dict[str, int] | None = None
 ) -> _socket.socket:
-    """Send one request, and open ``files`` by name, to a supervisor. Raises NotHereError."""
+    """Send one request, and open ``files`` by name, to a supervisor.
+
+    Raises NotHereError or RefusedError.
+    """
     try:
         if files:
             request = {**request, "descriptors": list(files)}
             rights = b"".join(fd.to_bytes(4, "little") for fd in files.values())
             server.sendmsg([b" "], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
         server.sendall((_encode(request) + "\n").encode())
+    except BlockingIOError:
+        raise _silent(server) from None
     except ConnectionError:  # it has ended, or refused us without a look at what we ask
         try:
             said = server.recv(1, _socket.MSG_PEEK)
@@ -157,6 +168,8 @@ def receive(server: _socket.socket) -> tuple[dict[str, Any], dict[str, int]]:
         while True:
             try:
                 data, ancillary, _, _ = server.recvmsg(65536, _socket.CMSG_SPACE(32), _CLOEXEC)
+            except BlockingIOError:
+                raise _silent(server) from None
             except ConnectionError:
                 data, ancillary = b"", []
             for _level, _kind, content in ancillary:
@@ -179,7 +192,7 @@ def receive(server: _socket.socket) -> tuple[dict[str, Any], dict[str, int]]:
                     raise RefusedError(error["doing"], error["cause"], error["hint"], error["code"])
                 elif "elsewhere" in answer:
                     raise NotHereError
-                else:
+                elif answer:  # else it only says that it is at work
                     found = dict(zip(answer["descriptors"], fds, strict=True))
                     answered = True  # the connection may be of use still
                     return answer, {**found, "supervisor": server.detach()}
@@ -188,26 +201,32 @@ def receive(server: _socket.socket) -> tuple[dict[str, Any], dict[str, int]]:
             server.close()
 
 
-def reach(gateway: str) -> _socket.socket:
+def reach(gateway: str, patience: int = 0) -> _socket.socket:
     """A connection to a gateway: our own, else root's, if it is shared with us.
 
-    Raises NotHereError.
+    ``patience``: seconds of silence to bear from it, by default PATIENCE. Raises NotHereError or
+    RefusedError.
     """
     for path in paths.sockets(gateway):
         try:
-            return connect(path)
+            return connect(path, patience)
         except NotHereError:
             pass
     raise NotHereError
 
 
-def connect(path: str) -> _socket.socket:
-    """A connection to a supervisor. Raises NotHereError."""
+def connect(path: str, patience: int = 0) -> _socket.socket:
+    """A connection to a supervisor. Raises NotHereError or RefusedError."""
     server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    limit = (patience or PATIENCE).to_bytes(8, sys.byteorder) + bytes(8)  # struct timeval
     try:
+        server.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, limit)
+        server.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, limit)
         server.connect(path)
         server = _above_standard(server)
         user = owner(server)
+    except BlockingIOError:
+        raise _silent(server) from None  # so many wait for it that there is no place
     except OSError:
         server.close()
         raise NotHereError from None
@@ -225,6 +244,16 @@ def owner(server: _socket.socket) -> int:
     )
 
 
+def _silent(server: _socket.socket) -> RefusedError:
+    limit = server.getsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, 16)
+    peer = server.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
+    server.close()
+    seconds, pid = (int.from_bytes(field, sys.byteorder) for field in (limit[:8], peer[:4]))
+    cause = f"its supervisor (process {pid}) is silent for {seconds} s"
+    hint = f"if it is stopped: kill -CONT {pid}; kill -9 {pid} ends it, and opens nothing"
+    return RefusedError("reach the gateway", cause, hint, RUN_FAILED)
+
+
 def _above_standard(server: _socket.socket) -> _socket.socket:
     """With a standard stream closed, the socket would be in its place, and be written to."""
     if server.fileno() > 2:
@@ -240,7 +269,7 @@ def show_progress(percent: int, summary: str) -> None:
     """Show how far Tor's bootstrap is, in one line of the terminal, if there is one."""
     if os.isatty(2):
         end = "\r\033[K" if percent >= 100 else ""
-        os.write(2, f"\r\033[Kttp: Tor {percent:3} % {summary}{end}".encode())
+        os.write(2, f"\r\033[Kttp: Tor {percent:3} % {visible(summary)}{end}".encode())
 
 
 def _perform(op: list[Any], descriptors: dict[str, int], verbose: bool) -> None:
@@ -258,14 +287,22 @@ def _perform(op: list[Any], descriptors: dict[str, int], verbose: bool) -> None:
 
 def echo(effect: str) -> None:
     """Show one effect, as ``-v`` does."""
-    lines = "".join(f"[#] {line}\n" for line in effect.splitlines())
-    os.write(2, lines.encode("utf-8", "surrogateescape"))
+    os.write(
+        2, "".join(f"[#] {visible(line)}\n" for line in effect.rstrip("\n").split("\n")).encode()
+    )
+
+
+def visible(text: str) -> str:
+    """``text`` with control and other unprintable characters as escapes: a terminal would obey
+    them, and a log would show lines that nobody wrote.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def fail(failure: RefusedError) -> NoReturn:
-    lines = f"ttp: cannot {failure.doing}: {failure.cause}\n"
+    lines = visible(f"ttp: cannot {failure.doing}: {failure.cause}") + "\n"
     if failure.hint:
-        lines += f"hint: {failure.hint}\n"
+        lines += visible(f"hint: {failure.hint}") + "\n"
     complain(lines)
     raise SystemExit(failure.code)
 
@@ -362,13 +399,13 @@ def _exec(command: list[str], environment: dict[str, str]) -> NoReturn:
             code, cause = NOT_EXECUTABLE, error.strerror or str(error)
             if error.errno == 8:  # ENOEXEC: a script without a first line is the shell's
                 os.execve("/bin/sh", ["sh", path, *command[1:]], environment)
-    complain(f"ttp: cannot run {program}: {cause}\n")
+    complain(visible(f"ttp: cannot run {program}: {cause}") + "\n")
     raise SystemExit(code)
 
 
 def complain(text: str) -> None:
     try:
-        os.write(2, text.encode("utf-8", "surrogateescape"))
+        os.write(2, text.encode())
     except OSError:
         pass  # who closed standard error does not want to hear it
 

@@ -3,7 +3,8 @@
 NsrunError              what we were doing, why it failed, what to do about it
 ├── UsageError          the request itself is wrong; nothing was changed
 ├── MissingError        a program or kernel feature that we need is not there
-├── GatewayError        the gateway is not up, or did not come up
+├── GatewayError        the gateway did not come up, or does not do what it should
+│   └── AbsentError     it is not up, so that the request is wrong
 └── VerifyError         the kernel does not hold what we told it to hold; we stay closed
 """
 
@@ -50,6 +51,10 @@ class MissingError(NsrunError):
 
 class GatewayError(NsrunError):
     pass
+
+
+class AbsentError(GatewayError):
+    code = ExitCode.USAGE
 
 
 class VerifyError(NsrunError):

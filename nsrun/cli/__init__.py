@@ -73,17 +73,19 @@ def main() -> NoReturn:
         message = error.format_message().rstrip(".").replace("\n", " ")
         code = _fail(message[:1].lower() + message[1:], f"{path} --help", ExitCode.USAGE)
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(ExitCode.INTERRUPTED)
+        code = ExitCode.INTERRUPTED
     except Exception as error:
         if debug:
             raise
         hint = "run with --debug for a traceback, and report it"
         code = _fail(f"an unforeseen error: {type(error).__name__}: {error}", hint, ExitCode.FAILED)
-    interrupted = code == ExitCode.INTERRUPTED
-    sys.exit(ExitCode.RUN_FAILED if entering and code and not interrupted else code)
+    if code == ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt  # nsrun/client.py has the last word
+    sys.exit(ExitCode.RUN_FAILED if entering and code else code)
 
 
 def _fail(message: str, hint: str, code: int) -> int:
     if sys.stderr is not None:  # closed by who started us
-        print(f"ttp: {message}", *([f"hint: {hint}"] if hint else []), sep="\n", file=sys.stderr)
+        lines = [f"ttp: {message}", *([f"hint: {hint}"] if hint else [])]
+        print(*map(client.visible, lines), sep="\n", file=sys.stderr)
     return code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ import typer
 
 from nsrun import client, paths
 from nsrun.cli import output, settings
-from nsrun.errors import UsageError
+from nsrun.errors import GatewayError, UsageError
 from nsrun.spec import GatewaySpec, check_seconds
 from nsrun.torrc import check_fragment
 
@@ -119,8 +120,13 @@ def up(
 
         serve(spec, teller(echo))
         return
-    control.start(spec, echo)
-    control.ask(name, {"do": "wait", "timeout": bootstrap_timeout})
+    try:
+        control.start(spec, echo)
+        control.ask(name, {"do": "wait", "timeout": bootstrap_timeout})
+    except KeyboardInterrupt:
+        with suppress(GatewayError):  # if it had not come so far, it ends by itself
+            control.stop(name)
+        raise
 
 
 def _is_given(context: typer.Context, option: str) -> bool:
@@ -153,6 +159,8 @@ def list_(as_json: Json = False) -> None:
             gateway["uplink"]["kind"],
             str(len(gateway["workloads"])),
         )
+        if "tor" in gateway
+        else (gateway["name"], "silent", "", "")
         for gateway in found
     ]
     output.table(("NAME", "TOR", "UPLINK", "WORKLOADS"), rows)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from nsrun.cli import settings
+from nsrun.client import visible
 from nsrun.errors import ExitCode, NsrunError, UsageError
 from nsrun.lab.topology import NAMESPACES
 
@@ -127,7 +128,8 @@ def _enter(lab: str, place: str, command: list[str]) -> NoReturn:
     try:
         control.enter(lab, place, command)
     except OSError as error:
-        print(f"ttp: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
+        line = f"ttp: cannot run {command[0]}: {error.strerror}"
+        print(visible(line), file=sys.stderr)
         missing = isinstance(error, FileNotFoundError)
         sys.exit(ExitCode.NOT_FOUND if missing else ExitCode.NOT_EXECUTABLE)
     except NsrunError as error:

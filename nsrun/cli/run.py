@@ -286,7 +286,7 @@ def plan(spec: RunSpec) -> None:
         print(" ".join([str(verb), *(repr(argument) for argument in arguments)]))
     for variable, value in environment.items():
         print(f"export {variable}={value}")
-    print("exec", *spec.command)
+    print("exec", *map(client.visible, spec.command))
 
 
 def parse(asked: dict[str, Any]) -> RunSpec | None:

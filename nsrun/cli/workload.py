@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nsrun.cli import output
+from nsrun.client import visible
 from nsrun.errors import UsageError
 
 Name = Annotated[str, typer.Argument(help="Name of the workload, as ttp ps shows it.")]
@@ -62,7 +63,7 @@ def inspect(name: Name, gateway: Gateway = None, as_json: Json = False) -> None:
         "processes": " ".join(map(str, found["processes"])),
     }
     for key, value in rows.items():
-        print(f"{key:<10} {value}")
+        print(f"{key:<10} {visible(value)}")
 
 
 def kill(

@@ -70,7 +70,7 @@ def gateways() -> Iterator[Finding]:
         title = f"gateway {name}"
         restart = f"ttp gateway down {name}"
         try:
-            found = control.ask(name, {"do": "inspect"})
+            found = control.ask(name, {"do": "inspect"}, control.QUICK)
         except NsrunError as error:
             yield Finding(title, WARNING, error.cause, error.hint)
             continue

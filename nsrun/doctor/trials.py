@@ -201,15 +201,9 @@ def _uplinks(tell: Tell, gateway: Namespace, directory: str, rootless: bool) -> 
 
 def _tun(rootless: bool) -> Finding:
     """Without it neither pasta nor slirp4netns can make a link."""
-    path = "/dev/net/tun"
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        closed = isinstance(error, PermissionError)
-        do = f"sudo chmod 666 {path}" if closed else "sudo modprobe tun; in a container: --device"
-        state = MISSING if rootless else WARNING
-        return Finding("tun", state, f"{path}: {error.strerror}", do)
-    return Finding("tun", OK, f"opened {path}")
+    if (refusal := uplink.tun_refusal()) is None:
+        return Finding("tun", OK, "opened /dev/net/tun")
+    return Finding("tun", MISSING if rootless else WARNING, *refusal)
 
 
 def _tried(name: str, trial: Callable[[], None], done: str, state: str, worse: str = "") -> Finding:

@@ -21,7 +21,7 @@ from typing import Any
 
 from nsrun import paths
 from nsrun.cli.run import parse
-from nsrun.errors import GatewayError, NsrunError
+from nsrun.errors import ExitCode, GatewayError, NsrunError
 from nsrun.facts import search_path
 from nsrun.gateway.supervisor import Supervisor, Tell
 from nsrun.gateway.uplink import veth_name
@@ -35,7 +35,10 @@ class BusyError(GatewayError):
 
 
 def main() -> int:
-    request = json.load(sys.stdin)
+    try:
+        request = json.load(sys.stdin)
+    except ValueError:  # who wanted a gateway ended before saying which
+        return int(ExitCode.FAILED)
     detach = request.pop("detach", False)
     if detach and os.fork():
         return 0
@@ -45,7 +48,7 @@ def main() -> int:
     uplinks = [one if isinstance(one, str) else LabUplink(**one) for one in request["uplinks"]]
     spec = GatewaySpec(**{**request, "uplinks": tuple(uplinks)})
     try:
-        serve(spec, tell if detach else _print)
+        serve(spec, Parent() if detach else _print)
     except NsrunError as error:
         failure = {"doing": error.doing, "cause": error.cause, "hint": error.hint}
         _print({"error": {**failure, "busy": isinstance(error, BusyError)}})
@@ -62,39 +65,60 @@ def serve(spec: GatewaySpec, tell: Tell) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each request has one, or several
     os.environ["PATH"] = search_path()  # a user's lacks nft on some distributions
     logging.raiseExceptions = False  # a full disk must not be the end, nor a screen full of it
-    lock = _claim(spec.runtime)
     try:
-        if spec.group is not None:
-            _open_way(Path(spec.runtime))
-        _sweep(Path(spec.runtime).parent)
-        _make_private(spec.state)
-        _empty(paths.log(spec.state))
-        logging.basicConfig(
-            filename=paths.log(spec.state),  # to append: Tor and the uplink write there too
-            level=logging.INFO,
-            format="%(asctime)s %(levelname)s %(message)s",
-        )
-        logging.getLogger("stem").propagate = False
-        if os.geteuid() == 0:
-            sweep_veth(veth_name(spec.name))  # what a killed gateway left on the host
-        else:
-            own_user_namespace()
-        asyncio.run(Supervisor(spec, parse, tell).run())
+        lock = _claim(spec.runtime)
+        try:
+            _serve(spec, tell)
+        finally:
+            shutil.rmtree(spec.runtime, ignore_errors=True)
+            os.close(lock)
     except NsrunError as error:
         if logging.root.handlers:  # else it failed before there was a log
             logging.error("%s", error)
         raise
-    finally:
-        os.close(lock)
+    except OSError as error:  # a full disk, most of all
+        where = f": {error.filename}" if error.filename else ""
+        raise NsrunError("start the gateway", f"{error.strerror}{where}", "ttp doctor") from error
 
 
-def tell(message: dict[str, Any]) -> None:
-    """Tell the parent; once it is ready it has heard enough and may go."""
-    _print(message)
-    if "ready" in message:
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
+def _serve(spec: GatewaySpec, tell: Tell) -> None:
+    if spec.group is not None:
+        _open_way(Path(spec.runtime))
+    _sweep(Path(spec.runtime).parent)
+    _make_private(spec.state)
+    _empty(paths.log(spec.state))
+    logging.basicConfig(
+        filename=paths.log(spec.state),  # to append: Tor and the uplink write there too
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    logging.getLogger("stem").propagate = False
+    if os.geteuid() == 0:
+        sweep_veth(veth_name(spec.name))  # what a killed gateway left on the host
+    else:
+        own_user_namespace()
+    asyncio.run(Supervisor(spec, parse, tell).run())
+
+
+class Parent:
+    """Who starts us, and is told how far we are; once we are ready, it may go."""
+
+    def __init__(self) -> None:
+        self._gone = False
+
+    def __call__(self, message: dict[str, Any]) -> None:
+        """Raises GatewayError, once, when it has gone before: then nobody wants the gateway."""
+        if self._gone:
+            return
+        try:
+            os.write(1, (json.dumps(message) + "\n").encode())
+        except BrokenPipeError:
+            self._gone = True  # what is undone now has nobody to hear of it
+            raise GatewayError("start the gateway", "who wanted it has gone") from None
+        if "ready" in message:
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
 
 
 def _print(message: dict[str, Any]) -> None:

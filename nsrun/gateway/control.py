@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nsrun import client, paths
-from nsrun.errors import GatewayError, UsageError
+from nsrun.errors import AbsentError, GatewayError, UsageError
 from nsrun.spec import GatewaySpec
 
+QUICK = 5  # seconds of silence that a list of what runs is worth
 STOP = 15.0  # seconds that a supervisor may take to end
 #: What a supervisor keeps of the shell that happened to start it; not LD_PRELOAD (torsocks sets
 #: it), nor a default of options, which each client sends itself.
@@ -41,6 +42,7 @@ def start(spec: GatewaySpec, echo: Callable[[str], None] | None = None) -> None:
         (sys.executable, "-P", "-m", "nsrun.gateway"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        start_new_session=True,  # a Ctrl-C is for us; when we go, it ends by itself
         env=_environment(),
         text=True,
     )
@@ -72,13 +74,16 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def ask(name: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Send a request to the supervisor of gateway ``name``. Raises GatewayError."""
+def ask(name: str, request: dict[str, Any], patience: int = 0) -> dict[str, Any]:
+    """Send a request to the supervisor of gateway ``name``; ``patience`` as for client.reach().
+
+    Raises AbsentError when it is not up, and GatewayError.
+    """
     try:
-        answer, descriptors = client.ask(client.reach(name), request)
+        answer, descriptors = client.ask(client.reach(name, patience), request)
     except client.NotHereError:
         hint = f"ttp gateway up {name}"
-        raise GatewayError(f"reach the gateway {name}", "it is not up", hint) from None
+        raise AbsentError(f"reach the gateway {name}", "it is not up", hint) from None
     except client.RefusedError as error:
         raise GatewayError(error.doing, error.cause, error.hint) from None
     os.close(descriptors["supervisor"])
@@ -100,11 +105,18 @@ def stop(name: str) -> None:
 
 
 def inspect_all() -> list[dict[str, Any]]:
-    """What every running gateway says of itself; one that ends meanwhile is left out."""
+    """What every running gateway says of itself; of one that is silent, name and problem.
+
+    One that ends meanwhile is left out.
+    """
     found = []
     for name in running():
-        with suppress(GatewayError):
-            found.append(ask(name, {"do": "inspect"}))
+        try:
+            found.append(ask(name, {"do": "inspect"}, QUICK))
+        except AbsentError:
+            continue
+        except GatewayError as error:
+            found.append({"name": name, "problem": error.cause})
     return found
 
 
@@ -115,8 +127,9 @@ def workloads(gateway: str | None) -> list[dict[str, Any]]:
     """
     found = []
     for name in running() if gateway is None else [gateway]:
-        with suppress(*((GatewayError,) if gateway is None else ())):  # it ends meanwhile
-            found += [{"gateway": name, **one} for one in ask(name, {"do": "ps"})["workloads"]]
+        with suppress(*((AbsentError,) if gateway is None else ())):  # it ends meanwhile
+            listed = ask(name, {"do": "ps"}, QUICK)["workloads"]
+            found += [{"gateway": name, **one} for one in listed]
     return found
 
 

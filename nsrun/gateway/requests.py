@@ -14,11 +14,13 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsrun import __version__, processes, prompt
+from nsrun.client import visible
 from nsrun.errors import ExitCode, GatewayError, NsrunError, UsageError
 from nsrun.gateway import guests, outside
 from nsrun.plan import Joined, Op, enter_ops
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 
 LONGEST = 1 << 23  # bytes of a request
 MOST_DESCRIPTORS = 8
+BEAT = 5.0  # seconds after which a client that waits is told that we are at work
 
 Parse = Callable[[dict[str, Any]], RunSpec | None]
 
@@ -53,6 +56,7 @@ class Client:
         self._longest = guests.LONGEST if self.guest else LONGEST
         self._connection = connection
         self._loop = asyncio.get_running_loop()
+        self._beat: asyncio.TimerHandle | None = None
 
     async def request(self) -> dict[str, Any] | None:
         """What is asked, or None if the other end goes away first. Raises ValueError."""
@@ -66,9 +70,13 @@ class Client:
         found = json.loads(line)
         if not isinstance(found, dict):
             raise ValueError("not a request")
+        self._beat = self._loop.call_later(BEAT, self._still_here)
         return found
 
     async def send(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
+        """Send a line; unless it tells of progress, what comes after it is the client's affair."""
+        if self._beat is not None and "progress" not in message:
+            self._beat.cancel()
         line = json.dumps(message).encode() + b"\n"
         if fds:  # they travel with the first byte
             socket.send_fds(self._connection, [line[:1]], fds)
@@ -97,10 +105,18 @@ class Client:
         await self._loop.sock_sendall(self._connection, byte)
 
     def close(self) -> None:
+        if self._beat is not None:
+            self._beat.cancel()
         for descriptor in self.descriptors:
             os.close(descriptor)
         self.descriptors.clear()
         self._connection.close()
+
+    def _still_here(self) -> None:
+        """A client takes a supervisor that is silent for too long to be stopped."""
+        with suppress(OSError):
+            self._connection.send(b"{}\n")
+        self._beat = self._loop.call_later(BEAT, self._still_here)
 
     async def _receive(self) -> bytes:
         # without space for them, the kernel closes what is sent along
@@ -240,7 +256,7 @@ class Requests:
         if spec.timeout:
             gateway.workloads.limit(live, spec.timeout)
         what = f"of user {client.uid}" if client.guest else " ".join(spec.command)
-        log.info("workload %s: pid %d, %s", live.name, client.pid, what)
+        log.info("workload %s: pid %d, %s", live.name, client.pid, visible(what))
         if bundle := gateway.spec.ca_bundle:
             descriptors["ca_bundle"] = os.open(bundle, os.O_RDONLY | os.O_CLOEXEC)
             environment |= dict.fromkeys(CA_VARIABLES, CA_FILE)

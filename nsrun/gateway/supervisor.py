@@ -12,7 +12,6 @@ import asyncio
 import gc
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -71,11 +70,8 @@ class Supervisor:
             self._loop.add_signal_handler(number, self.end)
         self._loop.run_in_executor(None, learn_control)  # 80 ms, while the uplink starts
         server = listen(f"{self.spec.runtime}/api", self.spec.group)  # first: who comes early waits
-        try:
-            with server, apply(gateway_steps(self.spec, self.facts, self.block), self.machine.do):
-                await self._serve(server)
-        finally:
-            shutil.rmtree(self.spec.runtime, ignore_errors=True)
+        with server, apply(gateway_steps(self.spec, self.facts, self.block), self.machine.do):
+            await self._serve(server)
 
     async def _serve(self, server: socket.socket) -> None:
         gateway = self.machine.namespaces["gateway"]

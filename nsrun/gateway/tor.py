@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ STALLS = {
     "CONNECTRESET": "connections to relays are cut: a firewall may block Tor",
     "RESOURCELIMIT": "Tor is out of file descriptors or memory",
     "IOERROR": "the network fails while talking to relays",
+    "DONE": "relays end the connection: is the clock of this machine right?",
     "CLOCK_SKEW": "the clock of this machine is wrong",
 }
 
 STARTING = 20.0  # seconds for Tor to listen on its control socket, and to answer there
+TAIL = 1 << 16  # bytes of the log in which Tor's last words are looked for
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,15 @@ class Tor:
         self, step: StartTor, gateway: Namespace, log: str, on_change: Callable[[], None]
     ) -> None:
         """Start it. Raises GatewayError with Tor's own last line if it ends at once."""
-        self.progress = Progress()
+        self._progress, self._reason = Progress(), ""
         self.version = ""
         self._changed = on_change
         self._control_path = str(Path(step.torrc).with_name("control"))
         self._controller: Any = None
         with suppress(FileNotFoundError):
             Path(self._control_path).unlink()
-        begin = Path(log).stat().st_size if Path(log).exists() else 0
+        self._log = log
+        self._begin = begin = Path(log).stat().st_size if Path(log).exists() else 0
         with Path(log).open("ab") as output:
             self._process = gateway.call(
                 subprocess.Popen,
@@ -81,7 +84,12 @@ class Tor:
 
     @property
     def ready(self) -> bool:
-        return self.progress.percent >= 100
+        return self._progress.percent >= 100
+
+    @property
+    def progress(self) -> Progress:
+        """With what is wrong by now: Tor may say more of it in its log, after the event."""
+        return replace(self._progress, problem=self._problem()) if self._reason else self._progress
 
     def circuits(self) -> str:
         """The answer to GETINFO circuit-status (control-spec)."""
@@ -116,6 +124,9 @@ class Tor:
                 with suppress(SocketError):
                     self._controller = Controller.from_socket_file(self._control_path)
                 if self._process.poll() is not None:
+                    if not os.statvfs(log).f_bavail:
+                        cause = f"no space is left in {Path(log).parent}"
+                        raise GatewayError("start Tor", cause, "make room, or set TTP_STATE_DIR")
                     raise GatewayError(
                         "start Tor", last_words(log, begin), "the whole log: ttp gateway logs"
                     )
@@ -141,15 +152,30 @@ class Tor:
             self._update(arguments)
 
     def _update(self, arguments: dict[str, str]) -> None:
-        old = self.progress
-        reason = arguments.get("REASON", "")
-        self.progress = Progress(
+        old = self._progress
+        self._reason = arguments.get("REASON", "")
+        self._progress = Progress(
             int(arguments.get("PROGRESS", old.percent)),
             arguments.get("TAG", old.tag),
             arguments.get("SUMMARY", old.summary),
-            STALLS.get(reason, arguments.get("WARNING", "")),
         )
         self._changed()
+
+    def _problem(self) -> str:
+        """What is wrong, in words that help; of the clock in Tor's own, as it knows by how much.
+
+        A clock that is days ahead shows only as certificates that have expired.
+        """
+        words = STALLS.get(self._reason, "")
+        if words and self._reason not in ("CLOCK_SKEW", "DONE"):
+            return words
+        with Path(self._log).open("rb") as file:
+            file.seek(max(self._begin, file.seek(0, os.SEEK_END) - TAIL))
+            said = file.read().decode(errors="replace")
+        about = r"\[warn\] (?!Problem bootstrapping)(.*(?:clock|certificate expired).*)"
+        if found := re.findall(about, said):
+            return f"{STALLS['CLOCK_SKEW']}; Tor says: {found[-1]}"
+        return words or f"Tor says: {self._reason}"
 
 
 def learn_control() -> None:

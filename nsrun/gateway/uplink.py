@@ -278,8 +278,21 @@ def choose(wanted: Sequence[str | LabUplink], name: str, gateway: Namespace, log
             return start(uplink, gateway, log)
         except NsrunError as error:
             reasons.append(f"{uplink.kind}: {error.cause}")
-    hint = "install one of them: apt install passt slirp4netns"
+    refusal = tun_refusal()
+    hint = refusal[1] if refusal else "install one of them: apt install passt slirp4netns"
     raise NsrunError("start an uplink", "; ".join(reasons), hint)
+
+
+def tun_refusal() -> tuple[str, str] | None:
+    """Why pasta and slirp4netns can make no link, and what to do; None if /dev/net/tun opens."""
+    path = "/dev/net/tun"
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError as error:
+        return f"{path}: {error.strerror}", f"sudo chmod 666 {path}"
+    except OSError as error:
+        return f"{path}: {error.strerror}", f"sudo modprobe tun; in a container: --device {path}"
+    return None
 
 
 def _quiet() -> None:

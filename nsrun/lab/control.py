@@ -150,7 +150,7 @@ def enter(name: str, namespace: str, command: list[str]) -> NoReturn:
     if namespace not in NAMESPACES:
         known = ", ".join(NAMESPACES)
         raise UsageError(f"enter {namespace}", "no such namespace", f"one of {known}")
-    here = os.getcwd()  # noqa: PTH109
+    here = os.readlink("/proc/self/cwd")  # noqa: PTH115  getcwd(3) fails if it was removed
     runtime = paths.runtime()  # before the change of user
     join(lab.pid, namespace)
     with suppress(OSError):
