@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from nsrun import __version__, client, enter
-from nsrun.cli import check, config, doctor, gateway, lab, leak, run, workload
+from nsrun.cli import check, completion, config, doctor, gateway, lab, leak, run, workload
 from nsrun.errors import ExitCode, NsrunError, UsageError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("plan", cls=run.CLASS, context_settings=run.CONTEXT)(run.takes_reque
 for command in (workload.ps, workload.inspect, workload.kill, workload.refresh):
     app.command()(command)
 app.command()(doctor.doctor)
+app.command()(completion.completion)
 app.command()(leak.leaktest)
 app.command(check.NAME)(check.check_leak)
 
@@ -61,6 +62,7 @@ def main() -> NoReturn:
     """Run the command line. Every failure is one line, a hint and an exit code."""
     debug = "--debug" in sys.argv[1:2]
     entering = " ".join(sys.argv[1 + debug : 2 + debug]) in client.ENTERING
+    completion.answer_if_asked()
     try:
         code = app(prog_name="ttp", standalone_mode=False)
     except NsrunError as error:

@@ -14,13 +14,17 @@ import typer
 
 from nsrun import client, paths
 from nsrun.cli import output, settings
+from nsrun.cli.completion import gateways
 from nsrun.errors import GatewayError, UsageError
 from nsrun.spec import GatewaySpec, check_seconds
 from nsrun.torrc import check_fragment
 
 app = typer.Typer(help="Gateways: where Tor runs.")
 
-Named = Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the gateway.")]
+Named = Annotated[
+    str,
+    typer.Argument(metavar="[NAME]", help="Name of the gateway.", autocompletion=gateways),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

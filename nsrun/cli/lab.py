@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from nsrun.cli import settings
+from nsrun.cli.completion import labs
 from nsrun.client import visible
 from nsrun.errors import ExitCode, NsrunError, UsageError
 from nsrun.lab.topology import NAMESPACES
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="A private Tor network with its own internet, LAN and host.")
 
-Name = Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the lab.")]
-Lab = Annotated[str, typer.Option("--lab", envvar="TTP_LAB", help="Name of the lab.")]
+Name = Annotated[
+    str, typer.Argument(metavar="[NAME]", help="Name of the lab.", autocompletion=labs)
+]
+Lab = Annotated[
+    str,
+    typer.Option("--lab", envvar="TTP_LAB", help="Name of the lab.", autocompletion=labs),
+]
 In = Annotated[str, typer.Option("--in", metavar="PLACE", help="Where: host, router, lan or inet.")]
 
 

@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 
 from nsrun import client
 from nsrun.cli import settings
+from nsrun.cli.completion import gateways
 from nsrun.errors import NsrunError, UsageError
 from nsrun.ruleset import HTTP_AT, SOCKS_AT
 from nsrun.spec import GatewaySpec, Isolation, RunSpec, Strict
@@ -23,7 +24,13 @@ CONTEXT = {"allow_interspersed_args": False}
 
 Command = Annotated[list[str], typer.Argument(metavar="COMMAND [ARGS]…", show_default=False)]
 Gateway = Annotated[
-    str, typer.Option("--gateway", "-g", envvar="TTP_GATEWAY", help="Name of the gateway to use.")
+    str,
+    typer.Option(
+        *("--gateway", "-g"),
+        envvar="TTP_GATEWAY",
+        help="Name of the gateway to use.",
+        autocompletion=gateways,
+    ),
 ]
 Name = Annotated[
     str | None, typer.Option("--name", help="Name of the workload, as ttp ps shows it.")

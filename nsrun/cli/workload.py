@@ -9,10 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from nsrun.cli import output
+from nsrun.cli.completion import workloads
 from nsrun.client import visible
 from nsrun.errors import UsageError
 
-Name = Annotated[str, typer.Argument(help="Name of the workload, as ttp ps shows it.")]
+Name = Annotated[
+    str,
+    typer.Argument(help="Name of the workload, as ttp ps shows it.", autocompletion=workloads),
+]
 Gateway = Annotated[
     str | None, typer.Option("--gateway", "-g", help="Only of this gateway; else of all.")
 ]
