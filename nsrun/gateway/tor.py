@@ -48,6 +48,13 @@ class Progress:
     summary: str = "Starting"
     problem: str = ""
 
+    def after(self, told: dict[str, str]) -> Progress:
+        """This, or what Tor has told since. It never goes back; an answer may be overtaken."""
+        percent = int(told.get("PROGRESS", self.percent))
+        if percent < self.percent:
+            return self
+        return Progress(percent, told.get("TAG", self.tag), told.get("SUMMARY", self.summary))
+
 
 class Tor:
     """One run of Tor in a gateway namespace."""
@@ -59,6 +66,7 @@ class Tor:
         self._progress, self._reason = Progress(), ""
         self.version = ""
         self._changed = on_change
+        self._telling = threading.Lock()
         self._control_path = str(Path(step.torrc).with_name("control"))
         self._controller: Any = None
         with suppress(FileNotFoundError):
@@ -151,14 +159,11 @@ class Tor:
                 arguments["REASON"] = "CLOCK_SKEW"
             self._update(arguments)
 
-    def _update(self, arguments: dict[str, str]) -> None:
-        old = self._progress
-        self._reason = arguments.get("REASON", "")
-        self._progress = Progress(
-            int(arguments.get("PROGRESS", old.percent)),
-            arguments.get("TAG", old.tag),
-            arguments.get("SUMMARY", old.summary),
-        )
+    def _update(self, told: dict[str, str]) -> None:
+        with self._telling:  # an event, in a thread of stem's, and the answer to a question
+            now = self._progress.after(told)
+            if now is not self._progress:
+                self._progress, self._reason = now, told.get("REASON", "")
         self._changed()
 
     def _problem(self) -> str:
