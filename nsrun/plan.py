@@ -183,7 +183,7 @@ def gateway_steps(spec: GatewaySpec, facts: Facts, block: AddressBlock) -> tuple
         WriteFile(f"{tor}/torrc", torrc.render(config), 0o600, *owner),
         StartUplink(spec.uplinks),
         LoadRules("gateway", ruleset.render(policy, capture)),
-        StartTor(f"{tor}/torrc", *owner),
+        StartTor(f"{tor}/torrc", *owner, facts.supervisor),
     )
 
 

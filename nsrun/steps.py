@@ -7,6 +7,7 @@ Every step says in which network namespace it runs, by name: ``host``, ``gateway
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from nsrun.spec import LabUplink
@@ -198,20 +199,25 @@ class StartTor:
     torrc: str
     uid: int
     gid: int
+    supervisor: int
 
     name = "tor"
 
     def command(self) -> tuple[str, ...]:
-        """The whole command line: setpriv(1) gives up what Tor does not need, then execs it."""
+        """The whole command line: setpriv(1) gives up what Tor does not need, then execs it.
+
+        No signal comes of a supervisor that died before it was asked for: hence the test.
+        """
         user = (f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups")
         return (
             *("setpriv", *(user if self.uid else ())),  # rootless: there is no other user to be
             *("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--pdeathsig=KILL"),
+            *("sh", "-c", f'[ $PPID = {self.supervisor} ] && exec "$@"', "sh"),
             *("tor", "--defaults-torrc", "/dev/null", "--hush", "-f", self.torrc),
         )
 
     def describe(self) -> str:
-        return f"ip netns exec gateway {' '.join(self.command())}"
+        return f"ip netns exec gateway {shlex.join(self.command())}"
 
     def undo(self) -> Step | None:
         return StopProcess(self.name)

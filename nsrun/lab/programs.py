@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -61,7 +62,9 @@ class Programs:
 def bound(command: tuple[str | Path, ...], netns: str = "") -> list[str | Path]:
     """The command line that runs ``command`` in a namespace of the lab and ends with its parent."""
     enter = ["nsenter", f"--net=/run/netns/{netns}", "--"] if netns else []
-    return ["setpriv", "--pdeathsig", "KILL", "--", *enter, *command]
+    # of a parent that died before setpriv(1) could ask for the signal, there is none
+    alive = ("sh", "-c", f'[ $PPID = {os.getpid()} ] && exec "$@"', "sh")
+    return ["setpriv", "--pdeathsig", "KILL", "--", *alive, *enter, *command]
 
 
 def last_words(name: str, lines: int = 3) -> str:
