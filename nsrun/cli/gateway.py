@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ import typer
 from nsrun import client, paths
 from nsrun.cli import output, settings
 from nsrun.cli.completion import gateways
-from nsrun.errors import GatewayError, UsageError
+from nsrun.errors import UsageError
 from nsrun.spec import GatewaySpec, check_seconds
 from nsrun.torrc import check_fragment
 
@@ -124,13 +123,8 @@ def up(
 
         serve(spec, teller(echo))
         return
-    try:
-        control.start(spec, echo)
+    with control.start(spec, echo):
         control.ask(name, {"do": "wait", "timeout": bootstrap_timeout})
-    except KeyboardInterrupt:
-        with suppress(GatewayError):  # if it had not come so far, it ends by itself
-            control.stop(name)
-        raise
 
 
 def _is_given(context: typer.Context, option: str) -> bool:

@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, wraps
 from typing import Annotated, Any, get_type_hints
 
@@ -190,14 +191,13 @@ def _enter(verb: str, spec: RunSpec) -> None:
 
     arguments = sys.argv[sys.argv.index(verb) + 1 :]
     try:
-        for attempt in (1, 2):
-            try:
-                client.become(arguments, spec.gateway, settings.gathered(), verb)
-            except client.NotHereError:
-                if attempt == 2:
-                    raise NsrunError("reach the gateway", "it ended as soon as it was up") from None
-                echo = client.echo if spec.verbose else None
-                control.start(on_demand(spec.gateway, settings.here()), echo=echo)
+        with suppress(client.NotHereError):
+            client.become(arguments, spec.gateway, settings.gathered(), verb)
+        echo = client.echo if spec.verbose else None
+        with control.start(on_demand(spec.gateway, settings.here()), echo=echo):
+            client.become(arguments, spec.gateway, settings.gathered(), verb)
+    except client.NotHereError:
+        raise NsrunError("reach the gateway", "it ended as soon as it was up") from None
     except client.RefusedError as failure:
         client.fail(failure)
 

@@ -48,7 +48,7 @@ def main() -> int:
     uplinks = [one if isinstance(one, str) else LabUplink(**one) for one in request["uplinks"]]
     spec = GatewaySpec(**{**request, "uplinks": tuple(uplinks)})
     try:
-        serve(spec, Parent() if detach else _print)
+        serve(spec, *((Parent(), os.dup(1)) if detach else (_print, None)))
     except NsrunError as error:
         failure = {"doing": error.doing, "cause": error.cause, "hint": error.hint}
         _print({"error": {**failure, "busy": isinstance(error, BusyError)}})
@@ -56,8 +56,11 @@ def main() -> int:
     return 0
 
 
-def serve(spec: GatewaySpec, tell: Tell) -> None:
-    """Be the supervisor of a gateway, from nothing to its end. Raises NsrunError."""
+def serve(spec: GatewaySpec, tell: Tell, starter: int | None = None) -> None:
+    """Be the supervisor of a gateway, from nothing to its end. Raises NsrunError.
+
+    For ``starter`` see Supervisor.
+    """
     for name in [name for name in os.environ if name.startswith("TTP_")]:
         if name not in ("TTP_RUNTIME_DIR", "TTP_STATE_DIR"):
             del os.environ[name]  # a default of options, which each client sends itself
@@ -68,7 +71,7 @@ def serve(spec: GatewaySpec, tell: Tell) -> None:
     try:
         lock = _claim(spec.runtime)
         try:
-            _serve(spec, tell)
+            _serve(spec, tell, starter)
         finally:
             shutil.rmtree(spec.runtime, ignore_errors=True)
             os.close(lock)
@@ -81,7 +84,7 @@ def serve(spec: GatewaySpec, tell: Tell) -> None:
         raise NsrunError("start the gateway", f"{error.strerror}{where}", "ttp doctor") from error
 
 
-def _serve(spec: GatewaySpec, tell: Tell) -> None:
+def _serve(spec: GatewaySpec, tell: Tell, starter: int | None) -> None:
     if spec.group is not None:
         _open_way(Path(spec.runtime))
     _sweep(Path(spec.runtime).parent)
@@ -97,11 +100,11 @@ def _serve(spec: GatewaySpec, tell: Tell) -> None:
         sweep_veth(veth_name(spec.name))  # what a killed gateway left on the host
     else:
         own_user_namespace()
-    asyncio.run(Supervisor(spec, parse, tell).run())
+    asyncio.run(Supervisor(spec, parse, tell, starter).run())
 
 
 class Parent:
-    """Who starts us, and is told how far we are; once we are ready, it may go."""
+    """Who starts us, and is told how far we are until we are ready; Tor may not be."""
 
     def __init__(self) -> None:
         self._gone = False

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nsrun import client, paths
 from nsrun.errors import AbsentError, GatewayError, UsageError
@@ -32,9 +32,11 @@ def default_spec(name: str) -> GatewaySpec:
     return GatewaySpec(name, paths.gateway(name), f"{paths.state()}/gateways/{name}")
 
 
-def start(spec: GatewaySpec, echo: Callable[[str], None] | None = None) -> None:
+def start(spec: GatewaySpec, echo: Callable[[str], None] | None = None) -> IO[str]:
     """Start a supervisor and return once it answers; Tor may still be bootstrapping.
 
+    The file that comes back is to be held open until Tor is ready: when it is closed before, by
+    our death too, the gateway ends, unless somebody else waits for it.
     Losing a race against another start is no error. Raises NsrunError with the supervisor's own.
     """
     request = {**asdict(spec), "detach": True}
@@ -50,23 +52,23 @@ def start(spec: GatewaySpec, echo: Callable[[str], None] | None = None) -> None:
     assert process.stdout is not None
     with process.stdin:
         json.dump(request, process.stdin)
-    with process.stdout:
-        for line in process.stdout:
-            message = json.loads(line)
-            if "effect" in message and echo is not None:
-                echo(message["effect"])
-            elif "error" in message:
-                error = message["error"]
-                if error["busy"]:
-                    break
-                raise GatewayError(error["doing"], error["cause"], error["hint"])
-            elif "ready" in message:
+    process.wait()  # the supervisor is its child
+    for line in process.stdout:
+        message = json.loads(line)
+        if "effect" in message and echo is not None:
+            echo(message["effect"])
+        elif "error" in message:
+            error = message["error"]
+            if error["busy"]:
                 break
-        else:
-            raise GatewayError(
-                "start the gateway", "its supervisor ended", f"see {paths.log(spec.state)}"
-            )
-    process.wait()
+            raise GatewayError(error["doing"], error["cause"], error["hint"])
+        elif "ready" in message:
+            break
+    else:
+        raise GatewayError(
+            "start the gateway", "its supervisor ended", f"see {paths.log(spec.state)}"
+        )
+    return process.stdout
 
 
 def _environment() -> dict[str, str]:

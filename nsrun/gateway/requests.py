@@ -142,6 +142,7 @@ class Requests:
 
     def __init__(self, gateway: Supervisor, parse: Parse) -> None:
         self._gateway, self._parse = gateway, parse
+        self.waiting = 0  # clients that wait for Tor
         self._guests = guests.Guests(gateway.spec.group)
 
     async def accept(self, server: socket.socket) -> None:
@@ -337,6 +338,19 @@ class Requests:
 
     async def _bootstrapped(self, client: Client, timeout: float) -> None:
         """Wait until Tor is ready, telling the client how far it is. Raises GatewayError."""
+        self.waiting += 1
+        try:
+            await self._wait(client, timeout)
+        except GatewayError:
+            self._gateway.stay()
+            raise
+        else:
+            self._gateway.stay()
+        finally:
+            self.waiting -= 1
+            self._gateway.end_if_deserted()
+
+    async def _wait(self, client: Client, timeout: float) -> None:
         gateway, loop = self._gateway, asyncio.get_running_loop()
         deadline = loop.time() + timeout
         told = -1

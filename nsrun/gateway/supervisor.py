@@ -42,9 +42,15 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 class Supervisor:
-    """One gateway, from nothing to up and to nothing again."""
+    """One gateway, from nothing to up and to nothing again.
 
-    def __init__(self, spec: GatewaySpec, parse: Parse, tell: Tell) -> None:
+    ``starter`` is the writing end of a pipe. When whoever started us closes the other end before
+    Tor was ready, and nobody else waits for it, the gateway ends.
+    """
+
+    def __init__(
+        self, spec: GatewaySpec, parse: Parse, tell: Tell, starter: int | None = None
+    ) -> None:
         self.spec, self._tell = spec, tell
         self._requests = Requests(self, parse)
         self.facts = facts.probe()
@@ -57,6 +63,7 @@ class Supervisor:
         self.uplink: uplink.Running | None = None
         self.workloads: Workloads
         self.problem = ""
+        self._starter, self._deserted = starter, False
         self._dead: dict[str, StartTor | StartUplink] = {}
         self._retry: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
@@ -66,7 +73,7 @@ class Supervisor:
     async def run(self) -> None:
         """From nothing to up, and to nothing again. Raises NsrunError when it cannot come up."""
         self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._loop.add_signal_handler(number, self.end)
         self._loop.run_in_executor(None, learn_control)  # 80 ms, while the uplink starts
         server = listen(f"{self.spec.runtime}/api", self.spec.group)  # first: who comes early waits
@@ -81,6 +88,8 @@ class Supervisor:
         self._check_uplink()  # it may have gone before anybody was listening
         accepting = asyncio.ensure_future(self._requests.accept(server))
         idle = asyncio.ensure_future(self._watch_idle())
+        if self._starter is not None:  # of a pipe's writing end, an error is all there is to read
+            self._loop.add_reader(self._starter, self._starter_gone)
         self._tell({"ready": True})
         gc.freeze()  # what was loaded stays: no request need wait until it was looked through
         try:
@@ -205,6 +214,25 @@ class Supervisor:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def _starter_gone(self) -> None:
+        self.stay()
+        self._deserted = True
+        self.end_if_deserted()
+
+    def stay(self) -> None:
+        """Somebody who waited got an answer: from now on, whoever goes, the gateway stays."""
+        self._deserted = False
+        if self._starter is not None:
+            self._loop.remove_reader(self._starter)
+            os.close(self._starter)
+            self._starter = None
+
+    def end_if_deserted(self) -> None:
+        """End when whoever wanted the gateway went away while it was being started."""
+        if self._deserted and not self._requests.waiting:
+            log.info("whoever started the gateway has gone")
+            self.end()
+
     # -- what can be asked --------------------------------------------------------------------
 
     def end(self) -> None:
@@ -240,6 +268,7 @@ class Supervisor:
             "rules": ruleset.outline(self._rules()),
             "workloads": self.workloads.as_json(guest),
             "group": self.spec.group,
+            "waiting": self._requests.waiting,
             "idle": self.spec.idle,
         }
 
