@@ -21,6 +21,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 6 ms
     from typing import Any, NoReturn
 
+    from nsrun.detach import Leaver
+
 ENTERING = ("run", "exec", "shell")  # the commands that end as another program
 # Seconds. A supervisor that is at work says so every five, but not while it starts a new Tor.
 PATIENCE = 30
@@ -65,27 +67,45 @@ def main() -> NoReturn:
 
 
 def become(
-    arguments: list[str], gateway: str, defaults: dict[str, Any], verb: str = "run"
+    arguments: list[str],
+    gateway: str,
+    defaults: dict[str, Any],
+    verb: str = "run",
+    leaver: Leaver | None = None,
 ) -> NoReturn:
     """Carry out ``ttp run ARGUMENTS``, or another verb of ENTERING, on a gateway that is there.
 
-    ``defaults`` are what defaults() returns. Raises NotHereError when there is no gateway to ask,
-    and RefusedError when it refuses. After that there is no way back: an error ends the process
-    with 125, 126 or 127.
+    ``defaults`` are what defaults() returns. A ``leaver`` has left its caller (detach.py). Raises
+    NotHereError when there is no gateway to ask, and RefusedError when it refuses. After that
+    there is no way back: an error ends the process with 125, 126 or 127.
     """
     request = wish(verb, arguments, gateway, defaults)
+    if leaver:
+        request["kept"] = leaver.keeps(gateway)
     server = send(reach(gateway), request)
     from nsrun import enter  # noqa: F401  now: it takes a millisecond, and so does the supervisor
 
     answer, descriptors = receive(server)
+    if "detach" in answer:
+        from nsrun import detach
+
+        _check_status_fd(answer["status_fd"], descriptors)
+        os.close(descriptors["supervisor"])
+        detach.leave(arguments, gateway, answer["status_fd"])
     if recorded := answer.get("record"):
         os.close(descriptors["supervisor"])
         from nsrun import parent
 
-        files = parent.record(recorded)  # from here on we are a child, who asks again
+        files = parent.record(
+            recorded, leaver.ready if leaver else -1
+        )  # from here on we are a child, who asks again
         answer, descriptors = receive(send(reach(gateway), request, files))
     if warning := answer["warning"]:
         complain("ttp: {}\nhint: {}\n".format(*warning))
+    if "status" in answer:
+        _check_status_fd(answer["status_fd"], descriptors)
+    if leaver:
+        leaver.name(gateway, answer["name"], answer["owner"], answer["status"])
     verbose = answer["verbose"]
     environment = _environment()  # now: later /proc/self is not ours to read
     changes = _changes(answer["env"], environment) if "env" in answer else ()
@@ -107,6 +127,10 @@ def become(
             environment[name] = value
     if recorded:
         parent.die_with_us()
+    if "status" in answer:
+        _tell(answer["status_fd"], answer["status"])
+    if leaver:
+        leaver.begin()
     _exec(answer["command"], environment)
 
 
@@ -431,6 +455,31 @@ def _changes(asked: dict[str, list[str]], ours: dict[str, str]) -> list[tuple[st
     except ValueError as error:
         hint = "a line is NAME=VALUE, NAME or a # comment"
         fail(RefusedError("take variables from a file", str(error), hint, RUN_FAILED))
+
+
+def _check_status_fd(fd: int, descriptors: dict[str, int]) -> None:
+    """Refuse a descriptor that is not open, or that is one of ours; -1 stands for none."""
+    try:
+        if fd in descriptors.values():
+            raise OSError
+        if fd >= 0:
+            os.fstat(fd)
+    except OSError:
+        doing, hint = f"use --json-status-fd {fd}", f"open it, for instance: ttp run … {fd}>FILE"
+        fail(RefusedError(doing, "it is not open", hint, RUN_FAILED))
+
+
+def _tell(fd: int, status: str) -> None:
+    """Say what is about to run, and close the descriptor, which is not for the command."""
+    if fd < 0:
+        return
+    try:
+        os.write(fd, f"{status}\n".encode())
+    except OSError as error:
+        doing = f"write to --json-status-fd {fd}"
+        fail(RefusedError(doing, str(error.strerror), "", RUN_FAILED))
+    if fd > 2:
+        os.close(fd)
 
 
 class _Context:

@@ -25,9 +25,10 @@ OURS = {signal.SIGCHLD, signal.SIGIO}
 NOT_OURS = {signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT}
 
 
-def record(path: str) -> dict[str, int]:
+def record(path: str, unneeded: int) -> dict[str, int]:
     """Open the file ``path`` for a capture, and go on in a child; the caller stays its parent.
 
+    A descriptor that is ``unneeded`` by the parent is closed there, if it is not negative.
     Returns the descriptors that a supervisor needs, in the child. Raises RefusedError.
     """
     file = _open(path)
@@ -38,6 +39,8 @@ def record(path: str) -> dict[str, int]:
     if pid:
         os.close(file)
         recorders.close()
+        if unneeded >= 0:
+            os.close(unneeded)
         _wait(pid, _Report(path, ours), every)
     ours.close()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)

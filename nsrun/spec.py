@@ -91,6 +91,7 @@ class RunSpec:
     ``socks`` asks for Tor's proxies on loopback, ``pcap`` is a file to record the link in. ``env``
     is NAME=VALUE or NAME, after the files of ``env_files``. ``timeout`` is in seconds; with 0 the
     command may run for ever.
+    ``status_fd`` is a descriptor of the caller's, to tell the status on; none if it is negative.
     ``join`` is the name of a workload whose network is to be joined; else there will be a new one.
     """
 
@@ -110,6 +111,8 @@ class RunSpec:
     strict: Strict | None = None
     pcap: str = ""
     join: str | None = None
+    detach: bool = False
+    status_fd: int = -1
 
     def __post_init__(self) -> None:
         check_name("gateway", self.gateway)

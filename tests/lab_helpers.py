@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness import ROOT
 from nsrun.lab import topology
@@ -48,6 +49,16 @@ class Lab:
     def run(self, *argv: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
         """``ttp run`` on the lab's gateway."""
         return self.ttp("run", "--gateway", self.name, *options, "--", *argv)
+
+    def about(self, verb: str, *argv: str) -> subprocess.CompletedProcess[str]:
+        """A command about workloads of the lab's gateway."""
+        return self.ttp(verb, "-g", self.name, *argv)
+
+    def workload(self, name: str) -> dict[str, Any]:
+        """What ``ttp inspect`` tells of a workload."""
+        done = self.about("inspect", "--json", name)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
 
     def inside(self, place: str, *argv: str) -> list[str]:
         """A command in one of the lab's own namespaces."""

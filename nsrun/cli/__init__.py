@@ -26,8 +26,7 @@ app.add_typer(lab.app, name="lab")
 app.add_typer(config.app, name="config")
 run.register(app)
 app.command("plan", cls=run.CLASS, context_settings=run.CONTEXT)(run.takes_request(run.plan))
-for command in (workload.ps, workload.inspect, workload.kill, workload.refresh):
-    app.command()(command)
+workload.register(app)
 app.command()(doctor.doctor)
 app.command()(completion.completion)
 app.command()(leak.leaktest)
@@ -61,33 +60,36 @@ def _main(
 def main() -> NoReturn:
     """Run the command line. Every failure is one line, a hint and an exit code."""
     debug = "--debug" in sys.argv[1:2]
-    entering = " ".join(sys.argv[1 + debug : 2 + debug]) in client.ENTERING
+    verb = " ".join(sys.argv[1 + debug : 2 + debug])
+    passing = verb in (*client.ENTERING, "wait")  # other codes are a command's own
     completion.answer_if_asked()
     try:
         code = app(prog_name="ttp", standalone_mode=False)
     except NsrunError as error:
         if debug:
             traceback.print_exc()
-        code = _fail(str(error), error.hint, error.code)
+        code = _fail(str(error), error.hint, error.code, passing)
     except TyperException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "ttp"
         message = error.format_message().rstrip(".").replace("\n", " ")
-        code = _fail(message[:1].lower() + message[1:], f"{path} --help", ExitCode.USAGE)
+        hint = f"{path} --help"
+        code = _fail(message[:1].lower() + message[1:], hint, ExitCode.USAGE, passing)
     except (KeyboardInterrupt, typer.Abort):
         code = ExitCode.INTERRUPTED
     except Exception as error:
         if debug:
             raise
         hint = "run with --debug for a traceback, and report it"
-        code = _fail(f"an unforeseen error: {type(error).__name__}: {error}", hint, ExitCode.FAILED)
+        cause = f"{type(error).__name__}: {error}"
+        code = _fail(f"an unforeseen error: {cause}", hint, ExitCode.FAILED, passing)
     if code == ExitCode.INTERRUPTED:
         raise KeyboardInterrupt  # nsrun/client.py has the last word
-    sys.exit(ExitCode.RUN_FAILED if entering and code else code)
+    sys.exit(code)
 
 
-def _fail(message: str, hint: str, code: int) -> int:
+def _fail(message: str, hint: str, code: int, passing: bool) -> int:
     if sys.stderr is not None:  # closed by who started us
         lines = [f"ttp: {message}", *([f"hint: {hint}"] if hint else [])]
         print(*map(client.visible, lines), sep="\n", file=sys.stderr)
-    return code
+    return ExitCode.RUN_FAILED if passing else code

@@ -95,6 +95,16 @@ AllowSocket = Annotated[
         "--allow-socket", metavar="PATH", help="With --strict: it may connect to PATH. Repeatable."
     ),
 ]
+Detach = Annotated[
+    bool,
+    typer.Option("--detach", "-d", help="Print the workload's name, and let it run on by itself."),
+]
+StatusFd = Annotated[
+    int | None,
+    typer.Option(
+        "--json-status-fd", metavar="FD", min=0, help="Descriptor to tell what runs, as JSON."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every effect, as it happens.")]
 
 
@@ -115,6 +125,8 @@ def request(
     env_file: EnvFile = None,
     timeout: TimeLimit = 0.0,
     pcap: Pcap = "",
+    detach: Detach = False,
+    json_status_fd: StatusFd = None,
 ) -> RunSpec:
     """The options of every command that runs something: what the command line says, as a value."""
     if allow_socket and not strict:
@@ -135,6 +147,8 @@ def request(
         timeout=timeout,
         strict=Strict(tuple(allow_socket or ())) if strict else None,
         pcap=pcap,
+        detach=detach,
+        status_fd=-1 if json_status_fd is None else json_status_fd,
     )
 
 
@@ -148,7 +162,7 @@ CLASS = settings.settable("run", _check)
 def takes_request(act: Callable[[RunSpec], None], *, of_shell: bool = False) -> Callable[..., None]:
     """A typer command that has the options of ``request`` and acts on the value they make.
 
-    One ``of_shell`` is not told which command to run.
+    One ``of_shell`` is not told which command to run, and cannot do without a terminal.
     """
 
     @wraps(act)
@@ -157,16 +171,15 @@ def takes_request(act: Callable[[RunSpec], None], *, of_shell: bool = False) -> 
             given["command"] = [_shell()]
         act(request(**given))
 
+    left_out = {"command", "detach"} if of_shell else set()
     hints = get_type_hints(request, include_extras=True)
-    del hints["return"]
     signature = inspect.signature(request, eval_str=True)
-    parameters = list(signature.parameters.values())
-    if of_shell:
-        del hints["command"]
-        del parameters[0]
-    command.__annotations__ = hints
+    command.__annotations__ = {
+        name: hint for name, hint in hints.items() if name not in {*left_out, "return"}
+    }
     command.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=parameters, return_annotation=None
+        parameters=[one for one in signature.parameters.values() if one.name not in left_out],
+        return_annotation=None,
     )
     return command
 
@@ -215,13 +228,14 @@ def exec_(
     verbose: Verbose = False,
 ) -> None:
     """Run COMMAND in the network of the workload NAME: the same identity, the same circuits."""
-    from nsrun.gateway import control
+    from nsrun import inventory
 
-    found = control.workload(workload, gateway)
-    joining(workload, command, found["gateway"], user, workdir, env, env_file, verbose)
+    found = inventory.one(workload, gateway)
+    found.need_gateway("join")
+    joining(workload, command, found.gateway, user, workdir, env, env_file, verbose)
     arguments = sys.argv[sys.argv.index("exec") + 1 :]
     try:
-        client.become(arguments, found["gateway"], settings.gathered(), "exec")
+        client.become(arguments, found.gateway, settings.gathered(), "exec")
     except client.NotHereError:
         raise NsrunError(f"join the workload {workload}", "it has just ended") from None
     except client.RefusedError as failure:

@@ -1,17 +1,21 @@
-"""The commands about workloads that run: list, look, signal, renew."""
+"""The commands about workloads: list, look, wait, read, signal, renew, remove."""
 
 from __future__ import annotations
 
+import shutil
 import signal
+import sys
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from nsrun import inventory
 from nsrun.cli import output
 from nsrun.cli.completion import workloads
 from nsrun.client import visible
-from nsrun.errors import UsageError
+from nsrun.errors import NsrunError, UsageError
+from nsrun.inventory import Found
 
 Name = Annotated[
     str,
@@ -24,50 +28,86 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def ps(gateway: Gateway = None, as_json: Json = False) -> None:
-    """List the workloads: name, process, identity (as Tor sees it), age and command."""
-    from nsrun.gateway import control
-
-    found = control.workloads(gateway)
+    """List the workloads, and detached ones that have ended."""
+    found = inventory.every(gateway)
     if as_json:
-        output.as_json(found)
+        output.as_json([one.as_json() for one in found])
         return
     rows = [
         (
-            workload["name"],
-            workload["gateway"],
-            "" if workload["guest"] is None else str(workload["guest"]),
-            str(workload["pid"]),
-            workload["identity"][0],
-            _age(workload),
-            " ".join(workload["command"])[:60],
+            one.name,
+            one.gateway,
+            _state(one),
+            str(one.told["pid"]) if one.state == "running" else "-",
+            one.told["identity"][0] if one.state == "running" else "-",
+            f"{time.time() - one.told['since']:.0f} s",
+            " ".join(one.told["command"])[:60],
         )
-        for workload in found
+        for one in found
     ]
-    output.table(("NAME", "GATEWAY", "GUEST", "PID", "IDENTITY", "AGE", "COMMAND"), rows)
+    output.table(("NAME", "GATEWAY", "STATE", "PID", "IDENTITY", "AGE", "COMMAND"), rows)
 
 
 def inspect(name: Name, gateway: Gateway = None, as_json: Json = False) -> None:
     """Print all that is known of the workload NAME, with its processes."""
-    from nsrun import processes
-    from nsrun.gateway import control
-
-    found = control.workload(name, gateway)
-    found["processes"] = processes.members(found["network"], found["guest"])
+    found = inventory.one(name, gateway)
+    told = {**found.as_json(), "processes": found.processes()}
     if as_json:
-        output.as_json(found)
+        output.as_json(told)
         return
     rows = {
-        "name": found["name"],
-        "gateway": found["gateway"],
-        "command": " ".join(found["command"]),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["since"])),
-        "identity": " ".join(found["identity"]),
-        "address": f"{' '.join(found['address'])} on {found['link']}",
-        "network": f"net:[{found['network']}]",
-        "processes": " ".join(map(str, found["processes"])),
+        "name": found.name,
+        "gateway": found.gateway,
+        "state": _state(found),
+        "command": " ".join(told["command"]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(told["since"])),
+        "identity": " ".join(told["identity"]),
+        "address": f"{' '.join(told['address'])} on {told['link']}",
+        "network": f"net:[{told['network']}]",
+        "processes": " ".join(map(str, told["processes"])) or "-",
+        "log": told["log"] or "-",
     }
     for key, value in rows.items():
         print(f"{key:<10} {visible(value)}")
+
+
+def wait(name: Name, gateway: Gateway = None) -> None:
+    """Wait until the command of the detached workload NAME ends, and end with its exit code."""
+    found = inventory.one(name, gateway)
+    record = found.need_record("wait for")
+    try:
+        record.wait()
+        code = record.exit_code()
+    except OSError as error:
+        raise NsrunError(f"wait for the workload {name}", error.strerror) from error
+    if code is None:
+        cause = "its monitor was killed: nobody knows how it ended"
+        raise NsrunError(f"wait for the workload {name}", cause)
+    found.settle()
+    sys.exit(code)
+
+
+def logs(
+    name: Name,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the command has ended.")
+    ] = False,
+    gateway: Gateway = None,
+) -> None:
+    """Print what the detached workload NAME has printed."""
+    record = inventory.one(name, gateway).need_record("read the log of")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ttp logs NAME | head`
+    try:
+        with record.log.open("rb") as log:
+            while True:
+                going_on = follow and record.watched()  # first: it may print once more
+                shutil.copyfileobj(log, sys.stdout.buffer)
+                sys.stdout.buffer.flush()
+                if not going_on:
+                    return
+                time.sleep(0.1)  # nothing in the library tells that a file has grown
+    except OSError as error:
+        raise NsrunError(f"read the log of the workload {name}", error.strerror) from error
 
 
 def kill(
@@ -78,28 +118,50 @@ def kill(
     gateway: Gateway = None,
 ) -> None:
     """Send a signal to every process of the workload NAME; by KILL, wait until it has ended."""
-    from nsrun import processes
-    from nsrun.gateway import control
-
     chosen = _signal(number)
-    found = control.workload(name, gateway)
+    found = inventory.one(name, gateway)
     if chosen == signal.SIGKILL:
-        processes.end(found["network"], found["guest"], lambda: not control.lives(found))
+        found.end()
     else:
-        processes.send(found["network"], found["guest"], chosen)
+        found.send(chosen)
+
+
+def rm(
+    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Names of workloads.")],
+    gateway: Gateway = None,
+) -> None:
+    """Remove what is kept of detached workloads that have ended: how, and what they printed."""
+    found = [inventory.one(name, gateway) for name in names]
+    for one in found:
+        if one.exit_code is None and one.state in ("running", "cut off"):
+            raise UsageError(f"remove the workload {one.name}", "it runs", f"ttp kill {one.name}")
+    for one in found:
+        one.need_record("remove").remove()
 
 
 def refresh(name: Name, gateway: Gateway = None) -> None:
     """Give the workload NAME a new identity: new circuits from its next connection on."""
     from nsrun.gateway import control
 
-    found = control.workload(name, gateway)
-    answer = control.ask(found["gateway"], {"do": "refresh", "name": name})
+    found = inventory.one(name, gateway)
+    found.need_gateway("refresh")
+    answer = control.ask(found.gateway, {"do": "refresh", "name": name})
     print(f"{name}: {answer['identity'][0]}")
 
 
-def _age(workload: dict[str, Any]) -> str:
-    return f"{time.time() - workload['since']:.0f} s"
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(ps)
+    app.command()(inspect)
+    app.command()(wait)
+    app.command()(logs)
+    app.command()(kill)
+    app.command()(rm)
+    app.command()(refresh)
+
+
+def _state(found: Found) -> str:
+    return f"exit {found.exit_code}" if found.state == "ended" else found.state
 
 
 def _signal(text: str) -> int:

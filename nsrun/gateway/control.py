@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nsrun import client, paths
-from nsrun.errors import AbsentError, GatewayError, UsageError
+from nsrun.errors import AbsentError, GatewayError
 from nsrun.spec import GatewaySpec
 
 QUICK = 5  # seconds of silence that a list of what runs is worth
@@ -133,28 +133,6 @@ def workloads(gateway: str | None) -> list[dict[str, Any]]:
             listed = ask(name, {"do": "ps"}, QUICK)["workloads"]
             found += [{"gateway": name, **one} for one in listed]
     return found
-
-
-def workload(name: str, gateway: str | None) -> dict[str, Any]:
-    """The one workload of that name. Raises UsageError if there is none, or one in each of two."""
-    found = [one for one in workloads(gateway) if one["name"] == name]
-    found = [one for one in found if one["guest"] in (None, os.geteuid())] or found
-    if not found:
-        raise UsageError(f"find the workload {name}", "there is none", "ttp ps lists them")
-    places = sorted({one["gateway"] for one in found})
-    if len(places) > 1:
-        cause = f"the gateways {' and '.join(places)} have one each"
-        raise UsageError(f"find the workload {name}", cause, "choose by --gateway")
-    if len(found) > 1:
-        raise UsageError(f"find the workload {name}", "several guests have one", "ttp ps --json")
-    return found[0]
-
-
-def lives(found: dict[str, Any]) -> bool:
-    """Whether what ``workload`` found still has a process."""
-    with suppress(GatewayError):
-        return any(one["link"] == found["link"] for one in workloads(found["gateway"]))
-    return False
 
 
 def running() -> list[str]:

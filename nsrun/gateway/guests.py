@@ -59,6 +59,8 @@ def check_words(request: dict[str, Any]) -> None:
         and isinstance(variables, dict)
         and _texts(variables.values())
         and _texts(request["arguments"])
+        and isinstance(request.get("kept", []), list)
+        and _texts(request.get("kept", []))
     ):
         raise UsageError("understand the request", "it is not made of words")
     if sum(len(text) for _, text in files) > LONGEST_DEFAULTS:

@@ -51,6 +51,7 @@ class Client:
         self.pid, self.uid, self.gid = struct.unpack("iII", credentials)
         self.groups = guests.groups_of(connection)
         self.guest = self.uid != os.geteuid()
+        self.user = self.uid if self.guest else None  # as Workloads tells users apart
         self.descriptors: list[int] = []
         self._patience = guests.PATIENCE if self.guest else None
         self._longest = guests.LONGEST if self.guest else LONGEST
@@ -182,7 +183,7 @@ class Requests:
 
     async def _answer(self, client: Client, request: dict[str, Any], turn: asyncio.Lock) -> None:
         gateway = self._gateway
-        guest = client.uid if client.guest else None
+        guest = client.user
         match request:
             case {"do": "run" | "exec" | "shell", "version": str() as version} if (
                 version != __version__
@@ -229,12 +230,17 @@ class Requests:
         if spec is None or spec.gateway != gateway.spec.name or not self._knows(client, spec):
             await client.send({"elsewhere": True})
             return
-        if spec.pcap and client.guest:
-            hint = "use one of your own: ttp gateway up NAME"
-            raise UsageError("record on this gateway", "it takes no file of another user", hint)
         names = () if client.guest else request.get("descriptors", ())
         files = dict(zip(names, client.descriptors, strict=False))
+        kept = request.get("kept")
+        if spec.detach and kept is None:  # first the client leaves its caller, with his terminal
+            await self._bootstrapped(client, spec.bootstrap_timeout)
+            await client.send({"detach": True, "status_fd": spec.status_fd, "descriptors": []})
+            return
         if spec.pcap and not files:  # the client opens it: it is his file, not ours
+            if client.guest:
+                hint = "use one of your own: ttp gateway up NAME"
+                raise UsageError("record on this gateway", "it takes no file of another user", hint)
             await client.send({"record": spec.pcap, "descriptors": []})
             return
         joined = self._joined(client, spec)
@@ -250,6 +256,9 @@ class Requests:
         others = [live.pid for live in gateway.workloads.live.values()]
         warning = None if spec.strict else outside.warning(spec.command, uid, others)
         await self._bootstrapped(client, spec.bootstrap_timeout)
+        if kept and spec.name is None:
+            name = gateway.workloads.new_name(spec.command[0], client.user, kept)
+            spec = replace(spec, name=name)
         placed = await self._place(client, spec, joined, caller, nested, files, turn)
         if placed is None:
             return
@@ -273,10 +282,7 @@ class Requests:
             "warning": warning,
         }
         live.effects = ()  # told, or nobody wants to know: a kilobyte or two
-        if spec.env or spec.env_files:
-            answer["env"] = {"files": spec.env_files, "settings": spec.env}
-        if spec.strict:
-            answer["sockets"] = spec.strict.sockets
+        answer |= _options(spec, gateway.spec.name, live, caller)
         try:
             await client.send(answer, list(descriptors.values()))
         finally:
@@ -322,16 +328,15 @@ class Requests:
 
     def _knows(self, client: Client, spec: RunSpec) -> bool:
         """Whether the workload that the client wants to join, if it wants that, is here."""
-        seen = self._gateway.workloads.of(client.uid if client.guest else None)
+        seen = self._gateway.workloads.of(client.user)
         return spec.join is None or any(live.name == spec.join for live in seen)
 
     def _joined(self, client: Client, spec: RunSpec) -> Live | None:
         """The workload that the client wants to join, if it is one. Raises NsrunError."""
         if spec.join is None:
             return None
-        user = client.uid if client.guest else None
-        found = self._gateway.workloads.named(spec.join, user)
-        if found.guest != user:
+        found = self._gateway.workloads.named(spec.join, client.user)
+        if found.guest != client.user:
             hint = f"only user {found.guest} can join it"
             raise UsageError(f"join the workload {spec.join}", "it is another user's", hint)
         return found
@@ -383,6 +388,21 @@ class Requests:
         known = not client.guest or self._guests.welcome(client.gid, client.groups)
         if below or not known:
             raise GatewayError("use this gateway", "it belongs to another user or is around you")
+
+
+def _options(spec: RunSpec, gateway: str, live: Live, caller: Caller) -> dict[str, Any]:
+    """What a client must know for options that most requests do not have."""
+    found: dict[str, Any] = {}
+    if spec.env or spec.env_files:
+        found["env"] = {"files": spec.env_files, "settings": spec.env}
+    if spec.strict:
+        found["sockets"] = spec.strict.sockets
+    if spec.detach:
+        found |= {"name": live.name, "owner": [caller.uid, caller.gid]}
+    if spec.detach or spec.status_fd >= 0:
+        found["status"] = json.dumps({"gateway": gateway, **live.as_json()})
+        found["status_fd"] = spec.status_fd
+    return found
 
 
 CA_FILE = "/etc/ssl/certs/ca-certificates.crt"

@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -145,17 +145,21 @@ class Workloads:
         (await self._begin(live, spec, name, pid, guest, NOTHING)).close()
         return live
 
+    def new_name(self, program: str, guest: int | None, kept: Collection[str] = ()) -> str:
+        """A name for a user's next workload, after its ``program``, and none of those ``kept``."""
+        plain = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(program).name)
+        stem = plain.lstrip("_.-")[:20] or "command"
+        taken = {*kept, *(live.name for live in self.of(guest))}
+        while True:
+            self._given[guest] += 1
+            if (name := f"{stem}-{self._given[guest]}") not in taken:
+                return name
+
     def _name(self, spec: RunSpec, guest: int | None) -> str:
         """The name of a user's next workload. Raises NsrunError when it is taken."""
-        taken = {live.name for live in self.live.values() if live.guest == guest}
         if spec.name is None:
-            plain = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(spec.command[0]).name)
-            stem = plain.lstrip("_.-")[:20] or "command"
-            while True:
-                self._given[guest] += 1
-                if (name := f"{stem}-{self._given[guest]}") not in taken:
-                    return name
-        if spec.name in taken:
+            return self.new_name(spec.command[0], guest)
+        if any((live.name, live.guest) == (spec.name, guest) for live in self.live.values()):
             raise NsrunError(
                 f"name the workload {spec.name}",
                 "another one of this gateway has that name",

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -56,17 +55,6 @@ def names(lab: Lab, *gateways: str) -> list[str]:
     return [one["name"] for done in asked for one in json.loads(done.stdout)]
 
 
-def on(lab: Lab, verb: str, *argv: str) -> subprocess.CompletedProcess[str]:
-    """A command about workloads of the lab's gateway."""
-    return lab.ttp(verb, "-g", lab.name, *argv)
-
-
-def inspect(lab: Lab, name: str) -> dict[str, Any]:
-    done = lab.ttp("inspect", "-g", lab.name, "--json", name)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
-
-
 # two in the background, one of them without its parent, and one in namespaces of its own
 FAMILY = "sleep 501 & setsid sleep 502 & unshare -Un sleep 503 & wait"
 
@@ -79,11 +67,11 @@ def test_kill_reaches_every_process_and_no_other(lab: Lab) -> None:
         workload(lab, "bystander", "sleep", "60") as bystander,
         workload(lab, "family", "sh", "-c", FAMILY) as family,
     ):
-        eventually(lambda: len(inspect(lab, "family")["processes"]) == 4, "the whole family")
-        pids = inspect(lab, "family")["processes"]
+        eventually(lambda: len(lab.workload("family")["processes"]) == 4, "the whole family")
+        pids = lab.workload("family")["processes"]
         assert family.pid in pids
-        assert inspect(lab, "bystander")["processes"] == [bystander.pid]
-        assert on(lab, "kill", "family").returncode == 0
+        assert lab.workload("bystander")["processes"] == [bystander.pid]
+        assert lab.about("kill", "family").returncode == 0
         assert family.wait(10) == -signal.SIGTERM
         eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "their end")
         assert (outside.poll(), bystander.poll()) == (None, None)
@@ -103,7 +91,7 @@ def test_kill_sends_what_it_is_told(lab: Lab) -> None:
             done = lab.ttp("kill", "--signal", given, "--gateway", lab.name, "listener")
             assert done.returncode == 0, done.stderr
             assert listener.stdout.readline() == heard
-        assert on(lab, "kill", "-s", "KILL", "listener").returncode == 0
+        assert lab.about("kill", "-s", "KILL", "listener").returncode == 0
         assert listener.wait(10) == -signal.SIGKILL
 
 
@@ -122,7 +110,7 @@ while time.monotonic() < deadline:
 def test_processes_that_multiply_are_killed(lab: Lab) -> None:
     """Those that stay, and one that forks and ends faster than a list can be read."""
     with workload(lab, "runaway", "/usr/bin/python3", "-c", RUNAWAY):
-        done = on(lab, "kill", "-s", "KILL", "runaway")
+        done = lab.about("kill", "-s", "KILL", "runaway")
         assert done.returncode == 0, done.stderr
         assert "runaway" not in names(lab)
 
@@ -144,7 +132,7 @@ def test_exec_joins_the_network_and_nothing_else(lab: Lab) -> None:
     """The same namespace as the workload, and as confined as a command of its own."""
     with workload(lab, "joined", "sleep", "60"):
         first = look(lab, "exec", "-g", lab.name, "joined")
-        found = inspect(lab, "joined")
+        found = lab.workload("joined")
         assert found["processes"] == [found["pid"]]
         for kind in ("mnt", "user"):
             theirs = Path(f"/proc/{found['pid']}/ns/{kind}").stat().st_ino
@@ -161,20 +149,20 @@ def test_exec_joins_the_network_and_nothing_else(lab: Lab) -> None:
 def test_exec_is_a_command_like_any_other(lab: Lab) -> None:
     """Exit codes, stdin, variables, directory; it keeps the workload alive."""
     with workload(lab, "host", "sleep", "60") as host:
-        assert on(lab, "exec", "host", "sh", "-c", "exit 3").returncode == 3
-        assert on(lab, "exec", "host", "--", "no-such-program").returncode == 127
+        assert lab.about("exec", "host", "sh", "-c", "exit 3").returncode == 3
+        assert lab.about("exec", "host", "--", "no-such-program").returncode == 127
         done = lab.ttp(
             "exec", "--env", "A=1", "--workdir", "/usr", "host", "sh", "-c", "echo $A; pwd"
         )
         assert done.stdout == "1\n/usr\n"
         with process(lab, TTP, "exec", "-g", lab.name, "host", "cat") as guest:
-            eventually(lambda: len(inspect(lab, "host")["processes"]) == 2, "the guest", 20)
+            eventually(lambda: len(lab.workload("host")["processes"]) == 2, "the guest", 20)
             host.kill()
             host.wait()
-            assert inspect(lab, "host")["processes"] == [guest.pid]
+            assert lab.workload("host")["processes"] == [guest.pid]
             assert guest.communicate("a line\n", timeout=10)[0] == "a line\n"
         eventually(lambda: "host" not in names(lab), "its end", 10)
-    done = on(lab, "exec", "host", "true")
+    done = lab.about("exec", "host", "true")
     assert done.returncode == 125
     assert "there is none" in done.stderr
 
@@ -183,14 +171,14 @@ def test_exec_is_a_command_like_any_other(lab: Lab) -> None:
 def test_exec_into_a_strict_workload_is_strict(lab: Lab) -> None:
     """An untrusted program's network gives no other program less confinement."""
     with workload(lab, "untrusted", "sleep", "60", options=["--strict"]):
-        done = on(lab, "exec", "untrusted", "sh", "-c", "echo $$; cat /etc/hostname /proc/1/comm")
+        done = lab.about("exec", "untrusted", "sh", "-c", "echo $$; cat /etc/hostname /proc/1/comm")
         assert done.returncode == 0, done.stderr
         run = ("run", "-g", lab.name, "--strict", "--")
         assert (
             done.stdout
             == lab.ttp(*run, "sh", "-c", "echo $$; cat /etc/hostname /proc/1/comm").stdout
         )
-        assert on(lab, "kill", "untrusted").returncode == 0
+        assert lab.about("kill", "untrusted").returncode == 0
         eventually(lambda: "untrusted" not in names(lab), "its end", 10)
 
 
@@ -224,7 +212,7 @@ def test_a_command_that_does_not_heed_term_is_killed(lab: Lab) -> None:
     """Five seconds later."""
     deaf = "trap '' TERM; while :; do sleep 0.05; done"
     with workload(lab, "deaf", "sh", "-c", deaf, options=["--timeout", "0.5"]) as found:
-        assert inspect(lab, "deaf")["until"] == pytest.approx(time.time(), abs=10)
+        assert lab.workload("deaf")["until"] == pytest.approx(time.time(), abs=10)
         assert found.wait(30) == -signal.SIGKILL
 
 
@@ -279,8 +267,8 @@ def test_a_bad_option_starts_nothing(lab: Lab, options: list[str], words: str) -
 def test_inspect_is_for_people_too(lab: Lab) -> None:
     """Name, command, identity, namespace, processes."""
     with workload(lab, "seen", "sleep", "60") as seen:
-        text = on(lab, "inspect", "seen").stdout
-        found = inspect(lab, "seen")
+        text = lab.about("inspect", "seen").stdout
+        found = lab.workload("seen")
     assert found["command"] == ["sleep", "60"]
     assert found["gateway"] == lab.name
     for words in ("sleep 60", str(found["network"]), found["identity"][0], str(seen.pid)):
