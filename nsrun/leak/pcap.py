@@ -85,6 +85,7 @@ def dump(selected: Iterable[frames.Frame]) -> bytes:
     """A pcap of frames of one capture, as evidence for wireshark(1) and the like."""
     chosen = tuple(selected)
     raw = bool(chosen) and all(frame.ethernet is None for frame in chosen)
-    return header(LINKTYPE_RAW if raw else LINKTYPE_ETHERNET) + records(
+    longest = max((SNAP_LENGTH, *(len(frame.data) for frame in chosen)))
+    return header(LINKTYPE_RAW if raw else LINKTYPE_ETHERNET, longest) + records(
         (*divmod(frame.time_ns, 1_000_000_000), frame.length, frame.data) for frame in chosen
     )

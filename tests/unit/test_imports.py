@@ -26,6 +26,7 @@ PURE = (
     "nsrun.lab.description",
     "nsrun.lab.topology",
     "nsrun.lab.torrcs",
+    "nsrun.leak.attempts",
     "nsrun.leak.broken",
     "nsrun.leak.frames",
     "nsrun.leak.pcap",
