@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,12 +46,16 @@ def answer_if_asked() -> None:
 
 
 def gateways() -> list[str]:
-    """Names of gateways that are up."""
+    """Names of gateways that are up, and of those that a configuration file describes."""
+    from nsrun.cli import settings
     from nsrun.gateway import control
 
+    found = set()
     with suppress(NsrunError, OSError):
-        return control.running()
-    return []
+        found |= {*control.running()}
+    with suppress(NsrunError):  # the command itself will say what is wrong with a file
+        found |= {*settings.here().gateways}
+    return sorted(found)
 
 
 def workloads() -> list[str]:
@@ -58,8 +63,17 @@ def workloads() -> list[str]:
     from nsrun.gateway import control
 
     with suppress(NsrunError, OSError):
-        return [str(one["name"]) for found in control.inspect_all() for one in found["workloads"]]
+        return [str(one["name"]) for one in control.workloads(None)]
     return []
+
+
+def programs(context: typer.Context) -> list[str]:
+    """Programs of PATH, for the first word of a command; for the others the shell offers files."""
+    found: set[str] = set()
+    for directory in () if context.params.get("command") else os.get_exec_path():
+        with suppress(OSError):
+            found |= {entry.name for entry in Path(directory).iterdir()}
+    return sorted(found)
 
 
 def labs() -> list[str]:

@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 
 from nsrun import client
 from nsrun.cli import settings
-from nsrun.cli.completion import gateways
+from nsrun.cli.completion import gateways, programs
 from nsrun.errors import NsrunError, UsageError
 from nsrun.ruleset import HTTP_AT, SOCKS_AT
 from nsrun.spec import GatewaySpec, Isolation, RunSpec, Strict
@@ -23,7 +23,10 @@ from nsrun.user import resolve
 
 CONTEXT = {"allow_interspersed_args": False}
 
-Command = Annotated[list[str], typer.Argument(metavar="COMMAND [ARGS]…", show_default=False)]
+Command = Annotated[
+    list[str],
+    typer.Argument(metavar="COMMAND [ARGS]…", show_default=False, autocompletion=programs),
+]
 Gateway = Annotated[
     str,
     typer.Option(

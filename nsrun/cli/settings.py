@@ -5,7 +5,7 @@
 A section of a file has the options of the commands that belong to it, under their own names; which
 these are is asked of the commands, so that no option is listed twice. ``[gateway.NAME]`` is
 for one gateway, and comes before ``[gateway]`` of any file. Values are given as TOML's strings,
-numbers, booleans and lists; a path is relative to the file that names it.
+numbers, booleans and lists; a file for ttp itself to read is relative to the one that names it.
 
 client.defaults() gathers files and variables. It is the caller who reads his files, never a
 supervisor: that of root must not open what a user names.
@@ -31,7 +31,7 @@ SECTIONS = {"run": "TTP_", "gateway": "TTP_", "lab": "TTP_LAB_"}  # and what var
 GATEWAY = "gateway"  # the section that may have a part for each name
 
 # They say which one is meant, and cannot be meant for all.
-ONCE = {"name", "pcap", "foreground", "help"}
+ONCE = {"name", "pcap", "json_status_fd", "foreground", "help"}
 
 DIRECTORIES = {"TTP_RUNTIME_DIR", "TTP_STATE_DIR", "TTP_CONFIG"}  # see nsrun/paths.py
 
@@ -247,8 +247,9 @@ def _mismatch(option: Any, raw: object) -> str:
         return "" if right else "a list of strings"
     if option.is_flag:
         return "" if isinstance(raw, bool) else "true or false"
-    if option.type.name.startswith(("float", "integer")):
-        right = isinstance(raw, int | float) and not isinstance(raw, bool)
+    if option.type.name.startswith(("float", "int")):
+        kinds = (int,) if option.type.name.startswith("int") else (int, float)
+        right = isinstance(raw, kinds) and not isinstance(raw, bool)
         return "" if right else "a number"
     return "" if isinstance(raw, str) else "a string"
 

@@ -48,6 +48,17 @@ def test_the_script_completes_what_there_is(lab: Lab, shell: str) -> None:
     assert lab.name in completed(lab, shell, "ttp", "lab", "down", lab.name[:2])
 
 
+def test_what_is_not_up_can_be_completed_too(lab: Lab) -> None:
+    """A gateway that a configuration file describes, as it starts on demand; programs of PATH."""
+    file = lab.home / "completion.toml"
+    file.write_text("[gateway.workplace]\n")
+    script = ("env", f"TTP_CONFIG={file}", "bash", "-c", BASH, "test", TTP, "ttp", "run")
+    path = f"PATH={Path(TTP).parent}:/usr/bin:/bin"
+    assert lab.do("env", path, *script, "-g", "work").stdout == "workplace\n"
+    assert lab.do("env", path, *script, "--", "setpr").stdout == "setpriv\n"
+    assert lab.do("env", path, *script, "--", "cat", "setpr").stdout == "\n"  # files, by the shell
+
+
 def test_nothing_is_started_for_it(lab: Lab) -> None:
     """Where no gateway is up there is no name, and none comes up."""
     command = ("env", f"TTP_RUNTIME_DIR={lab.home}/none", "bash", "-c", BASH, "test", TTP)
