@@ -155,15 +155,10 @@ def render(policy: Policy, at: Capture) -> str:
 
 
 def render_closed(table: str = "ttp") -> str:
-    """The table of a new namespace to start from: loopback, and not one packet more (P4)."""
-    why = "P4 closed: loopback only"
+    """The table of a new namespace to start from: not one packet, by loopback neither (P4)."""
+    hooks = ("input", "forward", "output")
     return _table(
-        table,
-        _chain("input", "filter", "input priority 0", "drop", [_rule(why, 'iifname "lo" accept')])
-        + _chain("forward", "filter", "forward priority 0", "drop")
-        + _chain(
-            "output", "filter", "output priority 0", "drop", [_rule(why, 'oifname "lo" accept')]
-        ),
+        table, "".join(_chain(hook, "filter", f"{hook} priority 0", "drop") for hook in hooks)
     )
 
 

@@ -106,14 +106,17 @@ class Lab:
         return [address for address in found if address.startswith("fe80:")]
 
     @contextmanager
-    def other_gateway(self, uplink: str, *options: str, stays: bool = True) -> Iterator[str]:
+    def other_gateway(
+        self, uplink: str, *options: str, stays: bool = True, prefix: Sequence[str] = ()
+    ) -> Iterator[str]:
         """A gateway on the simulated host: the lab's authorities, otherwise Tor's defaults."""
         name = f"{self.name}-{uplink[:5]}"
         fragment = self.home / "fragment"
         fragment.write_text(str(self.status()["client_torrc"]))
         fragment.chmod(0o644)
         up = self.do(
-            *self.inside_argv("host", TTP, "gateway", "up", name, "--uplink", uplink, *options),
+            *self.inside_argv("host", *prefix, TTP, "gateway", "up", name, "--uplink", uplink),
+            *options,
             *("--torrc", str(fragment), "--bootstrap-timeout", "40"),
         )
         assert up.returncode == 0, up.stderr

@@ -155,6 +155,21 @@ def test_the_kernel_starts_no_helper_for_a_key(lab: Lab) -> None:
     assert lab.run(PYTHON, "-c", ask).stdout.strip() == enosys
 
 
+@pytest.mark.promise("P3", "P10")
+def test_no_ring_makes_a_socket(lab: Lab) -> None:
+    """io_uring_setup(2): what is done by a ring is done without a call that could be filtered."""
+    ask = (
+        "import ctypes\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "libc.syscall(425, 1, None)\n"
+        "print(ctypes.get_errno())"
+    )
+    enosys = "38"
+    outside = lab.do(PYTHON, "-c", ask).stdout.strip()
+    assert outside != "0", "control: no parameters are a mistake"
+    assert lab.run(PYTHON, "-c", ask).stdout.strip() == enosys
+
+
 @pytest.mark.promise("P5")
 def test_the_hosts_interfaces_are_not_in_sys(lab: Lab) -> None:
     """Their names and hardware addresses say which machine this is."""

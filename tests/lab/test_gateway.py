@@ -168,3 +168,18 @@ def test_whom_a_command_of_root_runs_as(lab: Lab) -> None:
     assert lab.run("id", options=["--user", "12345"]).stdout.startswith("uid=12345 gid=12345")
     status = lab.run("grep", "CapBnd", "/proc/self/status", options=["--user", "daemon"]).stdout
     assert int(status.split()[1], 16) == 0
+
+
+@pytest.mark.promise("P4")
+def test_tor_has_no_power(lab: Lab) -> None:
+    """Nor can it come by any: not even what the supervisor would have it inherit."""
+    inheriting = ("setpriv", "--inh-caps=+net_raw")
+    with lab.other_gateway("slirp4netns", prefix=inheriting) as name:
+        found = json.loads(lab.do(*lab.inside_argv("host", TTP, "gateway", "inspect", name)).stdout)
+        lines = Path(f"/proc/{found['tor']['pid']}/status").read_text().splitlines()
+        status = dict(line.split(":\t", 1) for line in lines)
+        supervisor = Path(f"/proc/{found['pid']}/status").read_text()
+        assert "CapInh:\t0000000000002000" in supervisor  # control
+    for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb"):
+        assert int(status[f"Cap{kind}"], 16) == 0, kind
+    assert status["NoNewPrivs"] == "1"

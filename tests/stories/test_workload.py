@@ -16,6 +16,7 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from ipaddress import ip_address
 
 import pytest
 
@@ -28,6 +29,7 @@ from town import (
     SITE4,
     SITE6,
     UPLINK4,
+    UPLINK6,
     WORLD4,
     WORLD6,
     Actor,
@@ -105,6 +107,11 @@ def ping(actor: Actor) -> None:
         icmp.sendto(struct.pack(">BBHHH", 8, 0, 0, 1, 1) + TOKEN, (SITE4, 0))
 
 
+def ping6(actor: Actor) -> None:
+    with actor.open(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as icmp:
+        icmp.sendto(struct.pack(">BBHHH", 128, 0, 0, 1, 1) + TOKEN, (SITE6, 0))
+
+
 def gre(actor: Actor) -> None:
     with actor.open(socket.AF_INET, socket.SOCK_RAW, 47) as tunnel:
         tunnel.sendto(TOKEN, (SITE4, 0))
@@ -140,7 +147,7 @@ def test_virtual_addresses_of_onions_are_answered_by_transport(town: Town, addre
     assert [heard[1:] for heard in town.heard] == [(address, 80)]
 
 
-STRAYS = (udp, udp6, ntp, ping, gre, sctp, tcp_ack)
+STRAYS = (udp, udp6, ntp, ping, ping6, gre, sctp, tcp_ack)
 
 
 @pytest.mark.promise("P3")
@@ -166,6 +173,67 @@ def test_udp_is_refused_at_once(town: Town) -> None:
     with town.app.send(SITE4, 443, TOKEN) as stray, pytest.raises(OSError) as error:
         stray.recv(1)
     assert error.value.errno in (errno.EHOSTUNREACH, errno.EACCES, errno.ECONNREFUSED)
+
+
+@pytest.mark.promise("P3")
+@pytest.mark.parametrize("site", [SITE4, SITE6])
+def test_refusals_are_not_limited_in_rate(town: Town, site: str) -> None:
+    """By default the kernel sends a handful to one host and then one a second: programs wait."""
+    for port in range(2000, 2020):
+        with town.app.send(site, port, TOKEN) as stray, pytest.raises(OSError) as error:
+            stray.recv(1)
+        assert error.value.errno in (errno.EHOSTUNREACH, errno.EACCES, errno.ECONNREFUSED), port
+
+
+def _syn(source: str, target: str) -> bytes:
+    """A frame with the first segment of a connection to port 80."""
+    family = socket.AF_INET6 if ":" in target else socket.AF_INET
+    addresses = socket.inet_pton(family, source) + socket.inet_pton(family, target)
+    segment = struct.pack(">HHIIBBHHH", 40000, 80, 1, 0, 0x50, 2, 512, 0, 0)
+    total = _sum(addresses + struct.pack(">II", 20, 6) + segment)
+    segment = segment[:16] + struct.pack(">H", total) + segment[18:]
+    mac = bytes.fromhex(LINK_MAC.replace(":", ""))
+    if family == socket.AF_INET6:
+        return (
+            mac + mac + b"\x86\xdd" + struct.pack(">IHBB", 6 << 28, 20, 6, 64) + addresses + segment
+        )
+    header = struct.pack(">BBHHHBBH", 0x45, 0, 40, 1, 0, 64, 6, 0) + addresses
+    header = header[:10] + struct.pack(">H", _sum(header)) + header[12:]
+    return mac + mac + b"\x08\0" + header + segment
+
+
+def _sum(words: bytes) -> int:
+    """The Internet checksum (RFC 1071)."""
+    total = sum(struct.unpack(f">{len(words) // 2}H", words))
+    total = (total & 0xFFFF) + (total >> 16)
+    return int(~(total + (total >> 16)) & 0xFFFF)
+
+
+# one address of every range that RFC 6890 and its registries reserve
+RESERVED = (
+    *("0.1.2.3", "10.1.2.3", "100.64.2.3", "127.1.2.3", "169.254.2.3", "172.16.2.3", "192.0.0.3"),
+    *("192.168.2.3", "198.18.2.3", "224.0.0.3", "239.1.2.3", "240.1.2.3", "::", "::ffff:9.9.9.9"),
+    *("64:ff9b::9.9.9.9", "fc00::3", "fd12::3", "fe80::3", "ff02::3", "ff0e::3"),
+)
+
+
+@pytest.mark.promise("P5")
+def test_no_reserved_address_is_connected_to(town: Town) -> None:
+    """TransPort accepts at once whatever is redirected to it: a refusal must come before."""
+    assert town.app.live is not None
+    own = town.app.live.workload
+    with town.app.open(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as link:
+        link.bind(("eth0", 3))
+        for target in (*RESERVED, SITE4, SITE6):  # the last two are the control
+            town.app.raw(_syn(own.address6 if ":" in target else own.address4, target))
+        accepted: set[str] = set()
+        while not {SITE4, SITE6} <= accepted:
+            frame = link.recv(2000)
+            ports, flags = (54, 67) if frame[12:14] == b"\x86\xdd" else (34, 47)
+            if frame[ports : ports + 2] == struct.pack(">H", 80) and frame[flags] == 0x12:
+                source = frame[22:38] if ports == 54 else frame[26:30]
+                accepted.add(str(ip_address(source)))
+    assert accepted == {SITE4, SITE6}
 
 
 @pytest.mark.promise("P5")
@@ -214,6 +282,14 @@ def heard_only_without_the_guard(town: Town, sender: Actor, server: Actor, host:
 @pytest.mark.parametrize("host", [GATEWAY4, UPLINK4])
 def test_a_service_of_the_gateway_is_out_of_reach(town: Town, host: str) -> None:
     """Forwarding off does not protect it: the gateway's own addresses are all its own."""
+    heard_only_without_the_guard(town, town.app, town.gateway, host)
+
+
+@pytest.mark.promise("P5")
+@pytest.mark.parametrize("host", [GATEWAY4, UPLINK4])
+def test_without_the_refusals_it_still_is(town: Town, host: str) -> None:
+    """The input chain holds by itself."""
+    town.gateway.run("nft", "flush", "chain", "inet", "ttp", "rest")
     heard_only_without_the_guard(town, town.app, town.gateway, host)
 
 
@@ -330,10 +406,23 @@ def test_of_the_gateway_itself_only_tcp_leaves(town: Town) -> None:
             peer.close()
             assert connection.recv(100) == TOKEN
     with town.world_hears() as frames:
-        for stray in (udp, udp6, ping):
+        for stray in (udp, udp6, ping, ping6):
             with pytest.raises(PermissionError):
                 stray(town.gateway)
     assert not frames
+
+
+@pytest.mark.promise("P4")
+def test_within_the_gateway_tor_reaches_what_it_starts(town: Town) -> None:
+    """A pluggable transport is a process that Tor speaks to on loopback (pt-spec, 3.5)."""
+    with town.gateway.open(socket.AF_INET, socket.SOCK_STREAM) as transport:
+        transport.bind(("127.0.0.1", 9999))
+        transport.listen()
+        with town.gateway.connect("127.0.0.1", 9999) as connection:
+            peer, _ = transport.accept()
+            peer.sendall(TOKEN)
+            peer.close()
+            assert connection.recv(100) == TOKEN
 
 
 @pytest.mark.promise("P4", "P5")
@@ -357,6 +446,21 @@ def test_the_uplink_finds_its_router_and_says_nothing_else(town: Town) -> None:
         assert answer[28:32] == socket.inet_aton(UPLINK4)
         with pytest.raises(TimeoutError):
             arp.recv(100)
+
+
+@pytest.mark.promise("P4", "P5")
+@pytest.mark.parametrize("rules", ["with the rules", "control"])
+def test_the_uplink_is_told_nothing_it_did_not_ask(town: Town, rules: str) -> None:
+    """A forged Packet Too Big (RFC 4443, 3.2) would shrink what is sent to a relay."""
+    if rules == "control":
+        town.without_guard()
+    about = struct.pack(">IHBB", 6 << 28, 8, socket.IPPROTO_ICMPV6, 64)
+    about += socket.inet_pton(socket.AF_INET6, UPLINK6) + socket.inet_pton(socket.AF_INET6, SITE6)
+    message = struct.pack(">BBHI", 2, 0, 0, 1280) + about + struct.pack(">BBHHH", 128, 0, 0, 1, 1)
+    with town.world.open(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as icmp:
+        icmp.sendto(message, (UPLINK6, 0))
+    believed = "mtu 1280" in town.gateway.run("ip", "-6", "route", "get", SITE6)
+    assert believed == (rules == "control")
 
 
 @pytest.mark.promise("P4")
