@@ -67,6 +67,29 @@ def test_no_daemon_of_the_host_is_reached(lab: Lab, doors: str) -> None:
     assert sorted(json.loads(visited)) == sorted(expected)
 
 
+@pytest.mark.promise("P6")
+@pytest.mark.parametrize("doors", ["closed", "control"])
+def test_a_session_elsewhere_is_hidden_as_well(lab: Lab, doors: str) -> None:
+    """XDG_RUNTIME_DIR need not be in /run, nor the session's bus in it."""
+    session = lab.home / "session"
+    lab.do("mkdir", "-m", "700", str(session))
+    sockets = [f"{session}/pulse", f"{lab.home}/bus"]
+    ttp = (TTP, "run", "-g", lab.name, "--") if doors == "closed" else ()
+    environment = ["env", f"DBUS_SESSION_BUS_ADDRESS=unix:path={lab.home}/bus"]
+    if lab.who == "root":  # whose gateway is in /run, not in the session
+        environment.append(f"XDG_RUNTIME_DIR={session}")
+    else:
+        sockets[0] = f"{lab.home}/run/pulse"
+    listen = lab.command(PYTHON, str(ROOT / "tests" / "decoys.py"), *sockets)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(listen, text=True, **pipes) as listening:  # type: ignore[call-overload]
+        assert listening.stdout.readline() == "ready\n"
+        met = lab.do(*environment, *ttp, PYTHON, "-c", KNOCK, *sockets)
+        listening.kill()
+    lab.do("rm", "-rf", str(session), *sockets)
+    assert json.loads(met.stdout) == ([] if doors == "closed" else sockets), met.stderr
+
+
 @pytest.mark.promise("P5")
 def test_a_workload_finds_no_gateway(lab: Lab) -> None:
     """Neither sockets of supervisors and of Tor, nor guards and keys, are in its file system."""

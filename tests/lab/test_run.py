@@ -156,6 +156,16 @@ def test_a_command_has_no_power_over_its_network(lab: Lab) -> None:
 
 
 @pytest.mark.promise("P10")
+@pytest.mark.parametrize("directory", ["/proc/sys", "/sys"])
+def test_a_command_can_change_no_parameter_of_the_kernel(lab: Lab, directory: str) -> None:
+    """Those outside of any namespace are root's by the files' mode alone; outside root may."""
+    if lab.who == "root":
+        find = ("find", directory, "-xdev", "-writable", "-type", "f", "-print", "-quit")
+        assert not lab.run(*find).stdout
+        assert lab.do(*find).stdout  # control
+
+
+@pytest.mark.promise("P10")
 def test_a_user_namespace_gives_no_power_either(lab: Lab) -> None:
     """In a namespace of its own the command is root, over what it makes there only."""
     script = (
