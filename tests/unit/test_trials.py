@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness import ROOT
 from lab_helpers import TTP
 from users import lacking
 
@@ -163,3 +165,44 @@ def test_a_mistake_in_the_configuration(as_user: list[str], user_home: Path) -> 
     assert "[run] idel: no such setting" in found["found"]
     found = checks(as_user, "TTP_IDEL=3")["configuration"]
     assert (found["state"], found["do"]) == ("warning", "unset TTP_IDEL")
+
+
+def test_a_start_without_user_namespaces(as_user: list[str], user_home: Path) -> None:
+    """`ttp gateway up` names the setting, as the doctor does, and leaves nothing."""
+    apart = [*as_user, "unshare", "--user", "--map-current-user", "--keep-caps", "--net"]
+    command = [*lacking(apart, NO_USERNS), TTP, "gateway", "up", "--bootstrap-timeout", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "ttp: cannot make a user namespace: forbidden by user.max_user_namespaces=0",
+        "hint: sudo sysctl -w user.max_user_namespaces=10000",
+    ]
+    assert list((user_home / "run" / "ttp" / "gateways").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("kernel.unprivileged_userns_clone", "0"),
+        ("kernel.apparmor_restrict_unprivileged_userns", "1"),
+    ],
+)
+def test_settings_of_debian_and_ubuntu_are_told_apart(
+    as_user: list[str], setting: str, value: str
+) -> None:
+    """This kernel has neither: a file stands in for the setting, and EPERM for the refusal."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from nsrun.userns import refusal\n"
+        "why = refusal(OSError(1, 'Operation not permitted'))\n"
+        "print(why.cause, why.hint, sep='\\n')"
+    )
+    name = setting.removeprefix("kernel.")
+    stand_in = (
+        f"mount -t tmpfs none /proc/sys/kernel && echo {value} >/proc/sys/kernel/{name} && cd /"
+    )
+    command = [*lacking(as_user, stand_in), sys.executable, "-c", code, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    cause, hint = done.stdout.splitlines()
+    assert cause == f"forbidden by {setting}={value}"
+    assert hint.startswith(f"sudo sysctl -w {setting}={1 - int(value)}")
