@@ -113,11 +113,12 @@ def test_ok_allowed(torified, leaks):
     with pytest.raises(Exception, match="cannot allow packets"):
         leaks.allow("11.200.0.80/8")
 
-# the last one: the neighbours' ARP goes on for some seconds
 def test_leak_wire(torified, leaks, wires):
     torified.run(["true"])
-    outside = wires.bench.inside("host")  # beside ttp: as if a gateway had let it out
-    subprocess.run([*outside, "sh", "-c", "echo | socat -t1 - UDP:11.200.0.80:7"], check=True)
+    # beside ttp, as if a gateway had let it out; broadcast, as ARP would go on after the test
+    to = "UDP-DATAGRAM:255.255.255.255:9,broadcast"
+    send = ["sh", "-c", f"echo | socat -t0 - {to}"]
+    subprocess.run([*wires.bench.inside("host"), *send], check=True)
 """,
     )
     done = run(lab, file)
@@ -128,7 +129,7 @@ def test_leak_wire(torified, leaks, wires):
     assert "test_own_failure - AssertionError" in summary
     assert "Captured leaks" in done.stdout
     assert "test_leak_wire - Failed: leak: 0 packets would have leaked" in summary, summary
-    for line in ("host: leak:", "11.200.0.80.7: udp", "wire-host.pcap"):
+    for line in ("host: leak:", "255.255.255.255.9: udp", "wire-host.pcap"):
         assert line in done.stdout
     for name in ("idle", "lost"):
         assert f"test_unproven_{name} - Failed: inconclusive:" in summary, summary
