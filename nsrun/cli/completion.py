@@ -59,11 +59,11 @@ def gateways() -> list[str]:
 
 
 def workloads() -> list[str]:
-    """Names of workloads of any gateway."""
-    from nsrun.gateway import control
+    """Names of workloads of any gateway, and of detached ones that have ended."""
+    from nsrun import inventory
 
     with suppress(NsrunError, OSError):
-        return [str(one["name"]) for one in control.workloads(None)]
+        return [one.name for one in inventory.every(None)]
     return []
 
 

@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 
 from nsrun import client
 from nsrun.cli import settings
-from nsrun.cli.completion import gateways, programs
+from nsrun.cli.completion import gateways, programs, workloads
 from nsrun.errors import NsrunError, UsageError
 from nsrun.ruleset import HTTP_AT, SOCKS_AT
 from nsrun.spec import GatewaySpec, Isolation, RunSpec, Strict
@@ -219,7 +219,10 @@ def _enter(verb: str, spec: RunSpec) -> None:
 
 
 def exec_(
-    workload: Annotated[str, typer.Argument(metavar="NAME", help="Name of the workload.")],
+    workload: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Name of the workload.", autocompletion=workloads),
+    ],
     command: Command,
     gateway: Annotated[
         str | None, typer.Option("--gateway", "-g", help="Only of this gateway; else of all.")

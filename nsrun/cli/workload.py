@@ -127,7 +127,10 @@ def kill(
 
 
 def rm(
-    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Names of workloads.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME…", help="Names of workloads.", autocompletion=workloads),
+    ],
     gateway: Gateway = None,
 ) -> None:
     """Remove what is kept of detached workloads that have ended: how, and what they printed."""

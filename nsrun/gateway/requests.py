@@ -354,6 +354,8 @@ class Requests:
         finally:
             self.waiting -= 1
             self._gateway.end_if_deserted()
+            if not self._gateway.ready:
+                self._gateway.notify()  # nobody waits any more: it may be idle now
 
     async def _wait(self, client: Client, timeout: float) -> None:
         gateway, loop = self._gateway, asyncio.get_running_loop()

@@ -189,7 +189,7 @@ class Supervisor:
             if self.ready:
                 await asyncio.sleep(REST)
                 await self.workloads.fill()
-            if self.workloads.live or not self.spec.idle:
+            if self.workloads.live or self._requests.waiting or not self.spec.idle:
                 await self.change(None)
                 idle_since = self._loop.time()
                 continue

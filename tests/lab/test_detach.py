@@ -236,6 +236,36 @@ def test_a_command_outlives_its_gateway_and_reaches_nothing(lab: Lab, how: str) 
     assert json.loads(ask("ps", "-g", lab.name, "--json").stdout) == []
 
 
+def test_a_gateway_is_started_for_it_and_may_end_before_we_ask(lab: Lab) -> None:
+    """A job over night: its gateway ended unused long ago, and what it printed is still there."""
+    name = f"{lab.name}-day"
+    fragment, file = lab.home / "authorities", lab.home / "config.toml"
+    fragment.write_text(str(lab.status()["client_torrc"]))
+    file.write_text(
+        f"[gateway.{name}]\nuplink = ['slirp4netns']\ntorrc = 'authorities'\nidle = 1\n"
+    )
+    for one in (fragment, file):
+        one.chmod(0o644)
+
+    def ask(*argv: str) -> subprocess.CompletedProcess[str]:
+        return lab.do(*lab.inside_argv("host", "env", f"TTP_CONFIG={file}", TTP, *argv))
+
+    try:
+        script = "curl -sS http://11.200.0.80/ >/dev/null && echo fetched; exit 3"
+        done = ask("run", "-g", name, "-d", "--name", "night", "--", "sh", "-c", script)
+        assert done.stdout == "night\n", done.stderr
+        eventually(lambda: name not in ask("gateway", "ls").stdout, "the end of the gateway", 30)
+        assert ask("wait", "night").returncode == 3
+        assert ask("logs", "night").stdout == "fetched\n"
+        (found,) = json.loads(ask("ps", "-g", name, "--json").stdout)
+        assert (found["state"], found["exit_code"]) == ("ended", 3)
+        assert ask("rm", "night").returncode == 0
+    finally:
+        ask("gateway", "down", name)
+        for one in (fragment, file):
+            one.unlink()
+
+
 def monitor_of(lab: Lab, name: str) -> int:
     status = Path(f"/proc/{lab.workload(name)['pid']}/status").read_text()
     return int(status.partition("PPid:")[2].split()[0])
