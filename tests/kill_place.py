@@ -101,13 +101,13 @@ class Place:
         """A gateway whose Tor has bootstrapped, or is at a wanted moment already."""
         gateway = self.supervisor(wanted)
         try:
-            eventually(self._answers, "the supervisor")
+            eventually(self.answers, "the supervisor")
             self.ask(do="wait", timeout=20)
             yield gateway
         finally:
             gateway.kill()
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         try:
             client.connect(f"{self.spec.runtime}/api").close()
         except client.NotHereError:
@@ -153,17 +153,24 @@ class Place:
         os.close(ready)
         return pid
 
-    def stray(self, supervisor: int) -> None:
-        """Try to get out of every namespace of the supervisor, as whoever it runs as."""
-        for index, path in enumerate(spaces(supervisor)):
+    def stray(self, supervisor: int, first: int = 0) -> None:
+        """Try to get out of every namespace of the supervisor, as whoever it runs as.
+
+        The gateway's is the ``first``, those of workloads that are ready come after it.
+        """
+        for index, path in list(enumerate(spaces(supervisor)))[first:]:
+            try:
+                space = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                continue  # it has been given out meanwhile, and its thread is gone
             pid = os.fork()
             if pid == 0:
                 with _last_stand():
-                    space = os.open(path, os.O_RDONLY)
                     _join_users(supervisor)
                     linux.setns(space, linux.CLONE_NEWNET)
                     # Tor's user may send TCP from the gateway: that is not guarded
                     probe.strays(streams=index > 0 or self.facts.tor_uid != 0)
+            os.close(space)
             os.waitpid(pid, 0)
         helper = part(supervisor, "uplink")
         if helper is not None:  # it was woken by what was sent
@@ -209,7 +216,7 @@ class Place:
 
     def recovers(self, gateway: Mortal) -> None:
         """It works again by itself; then it goes down as ever."""
-        eventually(self._answers, "the supervisor")
+        eventually(self.answers, "the supervisor")
         self.ask(do="wait", timeout=20)
         self.works()
         self.ask(do="down")

@@ -24,6 +24,7 @@ import stem.control  # noqa: F401  which each supervisor would load, in 70 ms
 import nsrun.client
 import nsrun.gateway.__main__
 import nsrun.gateway.supervisor
+from kill_accidents import ACCIDENTS
 from kill_place import PESTER, TTP, Place, dead, descendants, end, eventually, spaces
 from mortal import Moment, Wanted, describe
 from nsrun import paths
@@ -308,6 +309,7 @@ STORIES: dict[str, Callable[[Place], None]] = {
     "workload": workload,
     "given": given,
     "enter": enter,
+    **ACCIDENTS,
     "strict": lambda place: enter(place, "--strict", strict=Strict()),
 }
 

@@ -188,7 +188,7 @@ class Supervisor:
         while True:
             if self.ready:
                 await asyncio.sleep(REST)
-                await self.workloads.fill()
+                await self._fill()
             if self.workloads.live or self._requests.waiting or not self.spec.idle:
                 await self.change(None)
                 idle_since = self._loop.time()
@@ -199,6 +199,13 @@ class Supervisor:
                 self.end()
                 return
             await self.change(left)
+
+    async def _fill(self) -> None:
+        try:
+            await self.workloads.fill()
+        except NsrunError as error:  # somebody took the rules away: it stays closed
+            self.problem = str(error)
+            log.error("no workload can be made: %s", error)
 
     def change(self, timeout: float | None) -> Coroutine[None, None, None]:
         """Wait until anything has changed since this call, or ``timeout`` seconds."""

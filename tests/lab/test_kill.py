@@ -5,8 +5,9 @@
 
 The supervisor, Tor, the uplink and the client are the real ones, on the simulated host of a lab.
 They stop before each step of the plan (tests/mortal.py), are killed there, and what they leave is
-looked at (tests/kill_place.py, kill_stories.py). Meanwhile a tap on the host's wire allows TCP to
-relays only. `make torture` goes to every program and file within the steps, too.
+looked at (tests/kill_place.py, kill_stories.py); kill_accidents.py has what else befalls a gateway:
+a crowd, a race, a reboot, somebody who meddles, a full disk. Meanwhile a tap on the host's wire
+allows TCP to relays only. `make torture` goes to every program and file within the steps, too.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ STORIES = [
     ("given", "root", "pasta"),
     *(("enter", who, "pasta") for who in ("root", "sudo", "user")),
     ("strict", "root", "pasta"),
+    *((story, "root", "pasta") for story in ("crowd", "race", "reboot", "meddling", "full")),
 ]
 IN_A_USERS_LAB = [("start", "root", "lab"), ("enter", "root", "pasta")]
 TORTURE = [
@@ -62,6 +64,7 @@ TORTURE = [
     *((story, "root", "veth") for story in ("stop", "workload", "given", "enter")),
     *((story, "user", "pasta") for story in ("parts", "stop", "given", "strict")),
     ("strict", "sudo", "pasta"),
+    *((story, "user", "slirp4netns") for story in ("crowd", "race", "reboot", "meddling")),
     *(
         (story, "user", "slirp4netns")
         for story in ("start", "parts", "stop", "workload", "given", "enter")
