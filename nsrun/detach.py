@@ -114,15 +114,15 @@ class Leaver:
         """Names that another workload should not be given by chance."""
         return records.names(gateway)
 
-    def name(self, gateway: str, name: str, owner: tuple[int, int], status: str) -> None:
+    def name(self, gateway: str, name: str, owner: list[int] | None, status: str) -> None:
         """Keep the record as that of the workload ``name``, in place of one that has ended.
 
-        The command becomes the ``owner``, and so does the log: some programs open /dev/stderr.
+        If the command will be another user's, so is the log: some programs open /dev/stderr.
         """
         doing = f"keep a record of the workload {name}"
         try:
-            if os.geteuid() != owner[0]:
-                os.fchown(self._log, *owner)
+            if owner:
+                os.fchown(self._log, owner[0], owner[1])
             self._record = self._record.begin(name, gateway, status)
         except FileExistsError:
             fail(doing, "a detached one of that name still runs", f"ttp kill {name}, or --name")

@@ -63,14 +63,16 @@ class Record:
     def begin(self, name: str, gateway: str, status: str) -> Record:
         """Keep what is known at the start, and take the place that goes with the name.
 
-        Raises FileExistsError if a workload which has not ended is there.
+        Raises FileExistsError if a workload which has not ended is there. Does not ask who we
+        are: a guest's client is somebody else by now.
         """
         with self.status.open("r+b") as file:
             file.seek(ROOM)
             file.write(f"{status}\n".encode())
-        with _alone():
-            paths.private_directory(str(directory(gateway)))
-            kept = Record(directory(gateway) / name)
+        home = self.path.parent
+        with _alone(home):
+            kept = Record(home / gateway / name)
+            kept.path.parent.mkdir(0o700, exist_ok=True)
             if kept.path.exists():
                 if kept.watched():
                     raise FileExistsError
@@ -80,9 +82,10 @@ class Record:
 
     def remove(self) -> None:
         """One that is gone already is no error."""
-        with _alone():
+        home = directory()
+        with _alone(home):
             self.forget()
-            if self.path.parent != directory():
+            if self.path.parent != home:
                 with suppress(OSError):  # there are others
                     self.path.parent.rmdir()
 
@@ -91,10 +94,9 @@ class Record:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _alone(home: Path) -> Iterator[None]:
     """Nobody else names, sweeps or removes meanwhile. Raises OSError."""
-    paths.private_directory(str(directory()))
-    fd = os.open(directory(), os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(home, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
@@ -107,11 +109,13 @@ def new() -> tuple[Record, int]:
 
     Those of clients that were killed before there was a name are removed.
     """
-    with _alone():
-        for path in directory().glob(".*"):
+    home = directory()
+    paths.private_directory(str(home))
+    with _alone(home):
+        for path in home.glob(".*"):
             if not (path / "status").exists() or not Record(path).watched():
                 Record(path).forget()
-        record = Record(directory() / f".{os.getpid()}")
+        record = Record(home / f".{os.getpid()}")
         record.path.mkdir(0o700)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         held = os.open(record.status, flags, 0o600)

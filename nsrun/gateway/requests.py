@@ -400,7 +400,8 @@ def _options(spec: RunSpec, gateway: str, live: Live, caller: Caller) -> dict[st
     if spec.strict:
         found["sockets"] = spec.strict.sockets
     if spec.detach:
-        found |= {"name": live.name, "owner": [caller.uid, caller.gid]}
+        owner = [caller.uid, caller.gid] if caller.switched else None
+        found |= {"name": live.name, "owner": owner}
     if spec.detach or spec.status_fd >= 0:
         found["status"] = json.dumps({"gateway": gateway, **live.as_json()})
         found["status_fd"] = spec.status_fd

@@ -290,6 +290,25 @@ def test_users_cannot_touch_each_others_commands(lab: Lab, alice: Person, bob: P
     assert done.returncode == -signal.SIGTERM
 
 
+@pytest.mark.promise("P5")
+def test_a_users_detached_commands_are_his(lab: Lab, alice: Person, bob: Person) -> None:
+    """Their records are in his home, and no other user reads, waits for or removes them."""
+    job = ("--detach", "--name", "job", "--", "sh", "-c", "echo secret; exit 4")
+    done = alice.ttp("run", "-g", alice.gateway, *job)
+    assert done.stdout == "job\n", done.stderr
+    assert alice.ttp("wait", "-g", alice.gateway, "job").returncode == 4
+    assert alice.ttp("logs", "-g", alice.gateway, "job").stdout == "secret\n"
+    for verb in ("wait", "logs", "rm"):
+        refused = bob.ttp(verb, "-g", bob.gateway, "job")
+        assert (refused.returncode != 0, refused.stdout) == (True, "")
+        assert "there is none" in refused.stderr
+    kept = next(alice.home.rglob("job/log"))
+    assert bob.do("cat", str(kept)).returncode == 1
+    assert kept.stat().st_uid == alice.uid
+    assert alice.ttp("rm", "-g", alice.gateway, "job").returncode == 0
+    assert not list(alice.home.rglob("job"))
+
+
 def log_of(lab: Lab, someone: Person) -> str:
     return paths.log(str(inspect(lab, someone.gateway)["state"]))
 
