@@ -218,7 +218,7 @@ def run_block(block: str, home: Path) -> list[tuple[str, list[str], str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=100,
+        timeout=200,
     )
     seen = done.stdout.split(f"{END_OF_OUTPUT}\n")
     assert len(seen) == len(wanted) + 1, f"the shell ended early:\n{done.stdout}"
@@ -247,7 +247,7 @@ def test_a_transcript_matches_what_it_should(shown: str, seen: str, same: bool) 
 
 
 @pytest.mark.lab
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(420)
 def test_readme_transcripts_are_true(user_home: Path) -> None:
     """Every command that README shows is run, and prints what README says it prints."""
     blocks = transcripts()
