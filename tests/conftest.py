@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from harness import ROOT, host_changes, host_state
-from users import NOBODY, USER, home_of, prefix_of
+from users import NOBODY, USER, home_of, is_hidden, prefix_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -34,6 +34,12 @@ def _host_stays_as_it_is() -> Iterator[None]:
     yield
     if changes := host_changes(before):
         pytest.fail(f"the tests changed the host:\n{changes}", pytrace=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _start_where_a_strict_command_can() -> None:
+    if is_hidden():
+        os.chdir("/")
 
 
 @pytest.fixture

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from harness import ROOT
 
 USER, NOBODY = 54321, 65534
+
+# What ttp run --strict hides: a checkout that is below one of these (`mktemp -d`) is not there.
+HIDDEN = tuple(map(Path, ("/tmp", "/var/tmp", "/dev/shm", "/run")))
+
+
+def is_hidden() -> bool:
+    """Whether a strict command sees nothing of this checkout."""
+    return any(ROOT.is_relative_to(hidden) for hidden in HIDDEN)
+
+
+def place_seen() -> Path:
+    """A directory of ours that a strict command sees."""
+    if not is_hidden():
+        return ROOT
+    return Path("/var/lib") if os.geteuid() == 0 else Path.home()
+
+
+@cache
+def scripts_seen() -> Path:
+    """The directory of the tests' own programs, where a strict command sees it."""
+    if not is_hidden():
+        return ROOT / "tests"
+    made = Path(tempfile.mkdtemp(prefix=".ttp-tests-", dir=place_seen()))
+    atexit.register(shutil.rmtree, made)
+    for script in (ROOT / "tests").glob("*.py"):
+        shutil.copy(script, made)
+    made.chmod(0o755)
+    return made
 
 
 @contextmanager

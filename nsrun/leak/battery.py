@@ -139,7 +139,7 @@ class Scene:
                 wire,
                 one.stop(),
                 self.allowed.get(wire, ()),
-                expect_some=expect_some and wire in self.allowed,
+                expect_some=expect_some and wire == "gateway",
                 inside=inside,
             )
             for wire, one in self.taps.items()
@@ -175,7 +175,12 @@ def scene(bench: Bench, gateway: str) -> Iterator[Scene]:
             run=(*bench.inside("host"), bench.ttp, "run", "--gateway", gateway, "--"),
             into=tuple(bench.within(f"/proc/{workload['pid']}/ns/net")),
             taps={name: stack.enter_context(_tap(bench, place)) for name, place in wires.items()},
-            allowed={"gateway": bench.rules(*ours)},
+            allowed={
+                "gateway": bench.rules(*ours),
+                # the lab's own hosts and router look for each other
+                "host": [Neighbours(frozenset((*NEIGHBOURS, topology.HOST, topology.HOST6)))],
+                "lan": [Neighbours(frozenset((*NEIGHBOURS, *LAN, topology.METADATA)))],
+            },
         )
 
 

@@ -30,7 +30,7 @@ from nsrun.lab import topology
 from nsrun.leak.capture import Tap
 from nsrun.leak.verdict import Value, as_text, judge
 from terminal import Terminal
-from users import USER, prefix_of
+from users import USER, place_seen, prefix_of
 
 if TYPE_CHECKING:
     from _pytest.mark import ParameterSet
@@ -230,7 +230,7 @@ def desk(
     request: pytest.FixtureRequest, lab: Lab, depot: dict[str, str], wires: tuple[Tap, Tap]
 ) -> Iterator[Desk]:
     """A fresh directory, not in /tmp; readable for all, as apt fetches as a user of its own."""
-    directory = tempfile.mkdtemp(prefix=".desk-", dir=ROOT)
+    directory = tempfile.mkdtemp(prefix=".desk-", dir=place_seen())
     if lab.who == "user" and os.geteuid() == 0:
         os.chown(directory, USER, USER)
     made = Desk(lab, Path(directory), strict=request.param == "strict")

@@ -21,19 +21,19 @@ from nsrun.lab import topology
 from nsrun.plan import NEUTRAL_ETC
 from terminal import Terminal
 from town import eventually
-from users import USER
+from users import USER, place_seen, scripts_seen
 
 pytestmark = pytest.mark.lab
 
 PYTHON = "/usr/bin/python3"
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-ATTACKER = str(ROOT / "tests" / "attacker.py")
+ATTACKER = str(scripts_seen() / "attacker.py")
 
 
 @pytest.fixture
 def place(lab: Lab) -> Iterator[Path]:
     """A directory of the user's that --strict does not hide: like a home, unlike /tmp."""
-    with tempfile.TemporaryDirectory(prefix=".strict-", dir=ROOT) as name:
+    with tempfile.TemporaryDirectory(prefix=".strict-", dir=place_seen()) as name:
         Path(name).chmod(0o755)
         if lab.who == "user" and os.geteuid() == 0:
             os.chown(name, USER, USER)
@@ -167,7 +167,7 @@ def test_servers_of_its_own_work(lab: Lab) -> None:
     """A socket in /tmp, by absolute and relative path and by /proc/self; a Manager; tmux."""
     script = f"""
 import multiprocessing, os, socket, subprocess, sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
+sys.path.insert(0, {str(scripts_seen())!r})
 import attacker
 servers = []
 for path in ("/tmp/a", "/tmp/deep/b", "/dev/shm/c", os.environ["XDG_RUNTIME_DIR"] + "/d", "\\0e"):
