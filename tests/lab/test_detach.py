@@ -219,7 +219,8 @@ def test_a_command_outlives_its_gateway_and_reaches_nothing(lab: Lab, how: str) 
                 tries: "ended",
                 sleeps: "cut off",
             }
-            assert "eth0" not in Path(f"/proc/{found['pid']}/net/dev").read_text()
+            links = Path(f"/proc/{found['pid']}/net/dev")
+            eventually(lambda: "eth0" not in links.read_text(), "the link to go", 15)
             for command in ((sleeps, "true"), (sleeps,)):
                 verb = "exec" if "true" in command else "refresh"
                 assert "its gateway is gone" in ask(verb, "-g", name, *command).stderr

@@ -209,7 +209,8 @@ def test_ctrl_z_and_back_from_a_shell_outside(lab: Lab) -> None:
     terminal.expect("got text")
     terminal.type("echo code=$?\n")
     terminal.expect("code=5")
-    terminal.type(f"{quoted} sleep 100 &\n")
+    terminal.type(f"{quoted} sh -c 'echo beg\"\"un; exec sleep 100' &\n")
+    terminal.expect("begun")
     time.sleep(0.5)  # it must neither stop for being in the background, nor take the terminal
     terminal.type("kill %1; wait %1; echo code=$?\n")
     terminal.expect("code=143")
