@@ -7,8 +7,10 @@ as_root = [ "$$(id -u)" = 0 ] || sudo -n true 2>/dev/null || sudo -v
 by_sudo = sudo -n -E PYTHONDONTWRITEBYTECODE=1 $(bin)/pytest -p no:cacheprovider
 ifeq ($(shell id -u),0)
 pytest = $(bin)/pytest $(1)
+again = $(bin)/pytest --last-failed --last-failed-no-failures none
 else
 pytest = $(bin)/pytest $(1) -m 'not root' && $(by_sudo) $(1) -m root
+again = false
 endif
 
 help:
@@ -19,7 +21,7 @@ demo: setup ## boot the lab, run curl through it, show exit address, IsTor and l
 
 test: lint everyday ## run every test; as a user, those that need root go through sudo
 	@$(as_root)
-	$(call pytest)
+	$(call pytest) || { echo 'once more, and alone, what failed on a machine that was busy'; $(again); }
 
 check: lint ## linters, types, unit, golden and document tests: seconds, without root
 	$(bin)/pytest -m 'not lab and not root' tests/unit tests/golden tests/docs

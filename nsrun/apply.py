@@ -63,7 +63,8 @@ class Machine:
         try:
             self._do(step)
         except OSError as error:
-            raise NsrunError(f"do: {_first(step)}", error.strerror or error) from error
+            line = error.filename if isinstance(step, Ip) and error.filename else _first(step)
+            raise NsrunError(f"do: {line}", error.strerror or error) from error
 
     def _do(self, step: Step) -> None:
         match step:

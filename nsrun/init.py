@@ -84,7 +84,10 @@ def _wait(inside: _socket.socket, pid: int, every: set[int]) -> NoReturn:
             if fd == signals:
                 _send(inside, os.read(signals, 128)[:1])  # ssi_signo, least byte first
                 continue
-            message = inside.recv(8)
+            try:
+                message = inside.recv(8)
+            except ConnectionResetError:  # it ended with a signal of ours unread; its word is next
+                message = inside.recv(8)
             if message == MAP:
                 _map_users(pid)
                 _send(inside, MAP)

@@ -158,9 +158,8 @@ def test_a_refusal_names_the_line_and_the_kernels_reason(ours: Pair) -> None:
     lines = ("link set lo up", "address add 10.64.0.9/32 dev lo", "address add 10.64.0.9/32 dev lo")
     with pytest.raises(NsrunError) as refused:
         ours.machine.do(Ip("workload", lines))
-    assert refused.value.cause.startswith("[Errno 17] ")  # EEXIST
-    assert refused.value.cause.endswith("'ip address add 10.64.0.9/32 dev lo'")
-    assert "ip -n workload link set lo up" in refused.value.hint
+    assert refused.value.doing == "do: ip address add 10.64.0.9/32 dev lo"
+    assert refused.value.cause == "ipv4: Address already assigned"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,7 @@ def test_elements_are_changed_all_or_none(ours: Pair) -> None:
     """One transaction (nft(8)); a refusal is an error, but for what was gone already."""
     ours.machine.do(LoadRules("gateway", "table inet ttp {\n set s { type ipv4_addr; }\n}\n"))
     add, drop = (f"{verb} element inet ttp s {{ 10.64.0.2 }}\n" for verb in ("add", "delete"))
-    with pytest.raises(NsrunError, match="SetElements"):
+    with pytest.raises(NsrunError, match="nft -f -: No such file"):
         ours.machine.do(SetElements("gateway", add + add.replace(" s ", " other "), drop))
     assert "10.64.0.2" not in ours.run("gateway", "nft", "list", "ruleset")
     ours.machine.do(SetElements("gateway", add, drop))
