@@ -172,16 +172,17 @@ def scene(bench: Bench, gateway: str) -> Iterator[Scene]:
             own6=workload["address"][1],
         )
         wires = {name: place for name, place in bench.lab.wires.items() if name != "internet"}
+        own = (*NEIGHBOURS, *OPEN_LINK)
         yield Scene(
             world,
             run=(*bench.inside("host"), bench.ttp, "run", "--gateway", gateway, "--"),
             into=tuple(bench.within(f"/proc/{workload['pid']}/ns/net")),
             taps={name: stack.enter_context(_tap(bench, place)) for name, place in wires.items()},
             allowed={
-                "gateway": bench.rules(*ours),
-                # the lab's own hosts and router look for each other
-                "host": [Neighbours(frozenset((*NEIGHBOURS, topology.HOST, topology.HOST6)))],
-                "lan": [Neighbours(frozenset((*NEIGHBOURS, *LAN, topology.METADATA)))],
+                # the lab's router and hosts look for each other, and for a gateway that was
+                "gateway": bench.rules(*ours, neighbours=own),
+                "host": [Neighbours(frozenset((*own, topology.HOST, topology.HOST6)))],
+                "lan": [Neighbours(frozenset((*own, *LAN, topology.METADATA)))],
             },
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
@@ -13,7 +12,6 @@ from lab_helpers import TTP, Lab
 from nsrun.leak import pcap
 from nsrun.leak.broken import DEFECTS, Defect
 from nsrun.leak.probes.table import PROBES
-from town import eventually
 
 pytestmark = pytest.mark.lab
 
@@ -79,18 +77,3 @@ def test_no_random_packet_gets_out(lab: Lab) -> None:
     assert found["sent"] > 99_000
     assert found["control"] > 50
     assert {wire["wire"] for wire in found["wires"]} == {"gateway", "host", "lan"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _a_fresh_tor_afterwards(lab: Lab) -> Iterator[None]:
-    """Random packets leave Tor with thousands of streams to nowhere, which later tests wait for."""
-    yield
-    before = lab.gateway()["tor"]
-    assert isinstance(before, dict)
-    assert lab.do("kill", "-9", str(before["pid"])).returncode == 0
-
-    def anew() -> bool:
-        tor = lab.gateway()["tor"]
-        return isinstance(tor, dict) and tor["pid"] != before["pid"] and tor["percent"] == 100
-
-    eventually(anew, "another Tor", 40)
