@@ -110,6 +110,7 @@ def test_a_start_without_what_it_needs(lab: Lab, what: str) -> None:
 )
 def test_a_clock_that_is_far_off(lab: Lab, skew: str, words: str) -> None:
     """Tor itself tells; libfaketime moves its clock, since CLOCK_REALTIME is in no namespace."""
+    shared = set(Path("/dev/shm").iterdir())
     shifted = lab.home / "shifted"
     shifted.mkdir(exist_ok=True)
     real = "$(PATH=${PATH#*:} command -v tor)"
@@ -130,6 +131,8 @@ def test_a_clock_that_is_far_off(lab: Lab, skew: str, words: str) -> None:
         refused(done, 1, "cannot reach the Tor network", "the clock of this machine", words)
     finally:
         lab.do(*lab.inside_argv("host", TTP, "gateway", "down", name))
+        for file in set(Path("/dev/shm").glob("*faketime*")) - shared:
+            file.unlink()  # left by a killed Tor; it would stop the next one with its process id
 
 
 @pytest.mark.parametrize(
