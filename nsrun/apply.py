@@ -6,6 +6,7 @@ namespace that a step names.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -19,15 +20,18 @@ from typing import Any, Protocol
 from nsrun import netlink, ruleset
 from nsrun.errors import MissingError, NsrunError, VerifyError
 from nsrun.facts import search_path
-from nsrun.netns import Namespace, own_namespace_of
+from nsrun.netns import Namespace, namespace_at, own_namespace_of
 from nsrun.steps import (
+    AddLink,
     AttachNamespace,
     DropElements,
+    DropLink,
     DropNamespace,
     Ip,
     LoadRules,
     MakeDirectory,
     MakeNamespace,
+    OpenNamespace,
     RemoveFile,
     SetElements,
     SetSysctl,
@@ -63,21 +67,21 @@ class Machine:
         try:
             self._do(step)
         except OSError as error:
-            line = error.filename if isinstance(step, Ip) and error.filename else _first(step)
+            by_ip = isinstance(step, Ip | AddLink)
+            line = error.filename if by_ip and error.filename else _first(step)
             raise NsrunError(f"do: {line}", error.strerror or error) from error
 
     def _do(self, step: Step) -> None:
         match step:
-            case MakeNamespace() | AttachNamespace():
+            case MakeNamespace() | AttachNamespace() | OpenNamespace():
                 self.namespaces[step.name] = _namespace(step)
             case DropNamespace(name):
                 if name in self.namespaces:
                     self.namespaces.pop(name).close()
             case SetSysctl(where, key, value):
                 self.namespaces[where].call(_write_sysctl, key, value)
-            case Ip(where, commands):
-                known = {f"@{name}": space.fd for name, space in self.namespaces.items()}
-                self.namespaces[where].tell(netlink.NETLINK_ROUTE, netlink.ip, commands, known)
+            case Ip() | AddLink() | DropLink():
+                self._ip(step)
             case LoadRules(where, text):
                 self._load(step, where, text)
             case SetElements(where, text):
@@ -97,6 +101,21 @@ class Machine:
             case StopProcess(name):
                 if name in self.processes:
                     self.processes.pop(name).stop()
+
+    def _ip(self, step: Ip | AddLink | DropLink) -> None:
+        match step:
+            case Ip(_, commands):
+                pass
+            case AddLink(_, command):
+                commands = (command,)
+            case DropLink(_, link):
+                commands = (f"link del {link}",)
+        known = {f"@{name}": space.fd for name, space in self.namespaces.items()}
+        try:
+            self.namespaces[step.where].tell(netlink.NETLINK_ROUTE, netlink.ip, commands, known)
+        except OSError as error:
+            if not (isinstance(step, DropLink) and error.errno == errno.ENODEV):
+                raise  # else it is gone already, and absence is success
 
     def _load(self, step: Step, where: str, text: str) -> None:
         self._run(step, where, ("nft", "-f", "-"), text)
@@ -148,12 +167,14 @@ def apply(steps: Iterable[Step], do: Callable[[Step], None]) -> ExitStack:
         return back.pop_all()
 
 
-def _namespace(step: MakeNamespace | AttachNamespace) -> Namespace:
+def _namespace(step: MakeNamespace | AttachNamespace | OpenNamespace) -> Namespace:
     match step:
         case MakeNamespace():
             return Namespace()
         case AttachNamespace(_, pid, owner):
             return own_namespace_of(pid, owner)
+        case OpenNamespace(_, fd, empty):
+            return namespace_at(fd, empty)
 
 
 def _drop_elements(kernel: socket.socket, text: str) -> None:

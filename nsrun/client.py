@@ -497,7 +497,10 @@ def _encode(value: object) -> str:
         return "{" + ",".join(f"{_encode(k)}:{_encode(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(_encode(item) for item in value) + "]"
-    return str(value) if isinstance(value, int) else _json.encode_basestring_ascii(str(value))
+    # of a bool, which is an int, JSON has the name in small letters
+    return (
+        str(value).lower() if isinstance(value, int) else _json.encode_basestring_ascii(str(value))
+    )
 
 
 if __name__ == "__main__":

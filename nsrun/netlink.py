@@ -95,6 +95,8 @@ def _ip(words: list[str], namespaces: Mapping[str, int]) -> Message:
             return NEWLINK, NEW, _link(["name", *rest], namespaces)
         case ["link", "set", *rest]:
             return NEWLINK, ACK, _link(["dev", *rest], namespaces)
+        case ["link", "del", name]:
+            return DELLINK, ACK, _link(["name", name], namespaces)  # ENODEV if there is none
         case ["address", "add", *rest]:
             return NEWADDR, NEW, _address(_options(["local", *rest]))
         case ["route", "add", "local", *rest]:

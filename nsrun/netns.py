@@ -81,17 +81,35 @@ def own_namespace_of(pid: int, owner: int) -> Namespace:
     try:
         if _maker(fd) != owner:
             raise NsrunError(_USE, "the user did not make it")
-        space = Namespace(f"/proc/self/fd/{fd}")
+        return namespace_at(fd, empty=True)
     finally:
         os.close(fd)
+
+
+def namespace_at(fd: int, empty: bool) -> Namespace:
+    """The network namespace of descriptor ``fd``; if it is to be ``empty``, without a link.
+
+    Raises NsrunError when it has one, or is no network namespace; OSError when we may not join it.
+    """
+    if not _is_network(fd):
+        raise NsrunError(_USE, "the descriptor is not of one")
+    space = Namespace(f"/proc/self/fd/{fd}")
     try:
         links = [name for _, name in space.call(socket.if_nameindex)]
-        if links != ["lo"]:
+        if empty and links != ["lo"]:
             raise NsrunError(_USE, f"it has links already: {' '.join(links)}")
     except BaseException:
         space.close()
         raise
     return space
+
+
+def _is_network(fd: int) -> bool:
+    ns_get_nstype = 0xB703
+    try:
+        return fcntl.ioctl(fd, ns_get_nstype) == linux.CLONE_NEWNET
+    except OSError:  # ENOTTY: no namespace at all
+        return False
 
 
 def _maker(fd: int) -> int:

@@ -17,11 +17,13 @@ from nsrun.address import AddressBlock, choose_block
 from nsrun.errors import MissingError
 from nsrun.spec import Caller, GatewaySpec, RunSpec
 from nsrun.steps import (
+    AddLink,
     AttachNamespace,
     Ip,
     LoadRules,
     MakeDirectory,
     MakeNamespace,
+    OpenNamespace,
     SetElements,
     SetSysctl,
     StartRecorder,
@@ -88,10 +90,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class Workload:
-    """One workload of a gateway, by number: its link, its addresses."""
+    """One workload of a gateway, by number: its link, its addresses.
+
+    ``given`` is the IPv4 address that somebody else chose for it. It may have been another one's
+    before, and so is not what Tor is to see (P7).
+    """
 
     block: AddressBlock
     number: int
+    given: str = ""
 
     @property
     def link(self) -> str:
@@ -99,7 +106,7 @@ class Workload:
 
     @property
     def address4(self) -> str:
-        return str(self.block.link(self.number)[0])
+        return self.given or str(self.block.link(self.number)[0])
 
     @property
     def address6(self) -> str:
@@ -203,34 +210,75 @@ _GATEWAY_SYSCTLS = (
 )
 
 
-def workload_steps(workload: Workload, own: AttachNamespace | None = None) -> tuple[Step, ...]:
-    """A namespace whose only link ends in the gateway: ready to be joined, or the client's own."""
-    link, address4, address6 = workload.link, workload.address4, workload.address6
-    end = f"mtu {MTU} address {LINK_MAC}"
+def workload_steps(
+    workload: Workload, own: AttachNamespace | OpenNamespace | None = None
+) -> tuple[Step, ...]:
+    """A namespace whose only link ends in the gateway: ready to be joined, or somebody's own."""
+    add = _add_link("eth0", workload.link)
+    made: tuple[Step, ...]
+    if isinstance(own, OpenNamespace):
+        made = (
+            own,
+            AddLink("workload", add, workload.link),
+            # an engine may have forbidden IPv6 to every link that comes
+            SetSysctl("workload", "net.ipv6.conf.eth0.disable_ipv6", "0"),
+            # nothing that would stay when the link goes: no rules
+            Ip("workload", _near_end(workload)),
+        )
+    else:
+        made = (
+            own or MakeNamespace("workload"),
+            Ip("workload", ("link set lo up", add, *_near_end(workload), *_RESOLVERS)),
+            SetSysctl("workload", "net.ipv4.conf.eth0.route_localnet", "1"),
+        )
+    return (*made, *_gateway_end(workload, deaf=own is not None))
+
+
+def loose_link_steps(workload: Workload, engine: OpenNamespace, link: str) -> tuple[Step, ...]:
+    """A link from an engine's namespace, for the engine to move into a container and set up.
+
+    It keeps the address of its link layer, and resolves nothing, wherever it is moved to.
+    """
     return (
-        own or MakeNamespace("workload"),
-        Ip(
-            "workload",
-            (
-                "link set lo up",
-                f"link add eth0 {end} type veth peer name {link} {end} netns @gateway",
-                "link set eth0 addrgenmode none",  # first: going up makes a link-local address
-                "link set eth0 arp off up",
-                f"address add {address4}/32 dev eth0",
-                f"address add {address6}/128 dev eth0",
-                "route add 0.0.0.0/0 dev eth0",
-                "route add ::/0 dev eth0",
-                # resolvers on loopback (127.0.0.53, 127.0.0.11) are the gateway's: a program with
-                # such an address in an old resolv.conf would otherwise get no answer
-                "route add 0.0.0.0/0 dev eth0 table 53",
-                "rule add pref 1 lookup local",
-                "rule del pref 0",
-                "rule add pref 0 to 127.0.0.0/8 ipproto udp dport 53 lookup 53",
-            ),
-        ),
-        SetSysctl("workload", "net.ipv4.conf.eth0.route_localnet", "1"),
+        engine,
+        AddLink(engine.name, _add_link(link, workload.link), workload.link),
+        Ip(engine.name, (f"link set {link} addrgenmode none", f"link set {link} arp off")),
+        *_gateway_end(workload, deaf=True),
+    )
+
+
+def _add_link(name: str, peer: str) -> str:
+    end = f"mtu {MTU} address {LINK_MAC}"
+    return f"link add {name} {end} type veth peer name {peer} {end} netns @gateway"
+
+
+def _near_end(workload: Workload) -> tuple[str, ...]:
+    return (
+        "link set eth0 addrgenmode none",  # first: going up makes a link-local address
+        "link set eth0 arp off up",
+        f"address add {workload.address4}/32 dev eth0",
+        f"address add {workload.address6}/128 dev eth0",
+        "route add 0.0.0.0/0 dev eth0",
+        "route add ::/0 dev eth0",
+    )
+
+
+# Resolvers on loopback (127.0.0.53, 127.0.0.11) are the gateway's: a program with such an address
+# in an old resolv.conf would otherwise get no answer.
+_RESOLVERS = (
+    "route add 0.0.0.0/0 dev eth0 table 53",
+    "rule add pref 1 lookup local",
+    "rule del pref 0",
+    "rule add pref 0 to 127.0.0.0/8 ipproto udp dport 53 lookup 53",
+)
+
+
+def _gateway_end(workload: Workload, *, deaf: bool) -> tuple[Step, ...]:
+    """The right to speak, last of all. ``deaf`` to neighbours, where others own the other end."""
+    link, address4, address6 = workload.link, workload.address4, workload.address6
+    return (
         # who owns the other end can send what it likes; the rules drop these, and this is depth
-        *(SetSysctl("gateway", f"net.{key}", "0") for key in _deaf(link) if own),
+        *(SetSysctl("gateway", f"net.{key}", "0") for key in _deaf(link) if deaf),
         Ip(
             "gateway",
             (

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
 from typing import Literal
 
 from nsrun.errors import UsageError
 
+#: Private use (RFC 1918), shared address space (RFC 6598): no relay, and no site, is there.
+OWN_NETWORKS = tuple(
+    map(IPv4Network, ("10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16"))
+)
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}", re.IGNORECASE)
 
 
@@ -129,6 +134,37 @@ class RunSpec:
             raise UsageError("write the capture to -", cause, "a file; or --pcap /dev/stdout")
         if not self.command:
             raise UsageError("run", "no command given", "ttp run -- COMMAND [ARGUMENTS…]")
+
+
+@dataclass(frozen=True)
+class Plug:
+    """A link into a network namespace that somebody else made: a container's, or its engine's.
+
+    Without an ``address`` the namespace is empty, and all that is in one of ours is set up. With
+    one, a link is made and nothing more: its owner will move it on, give it this address, and
+    route by it.
+    """
+
+    link: str = "eth0"
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9-]{0,14}", self.link):
+            raise UsageError(f"name a link {self.link!r}", "not 1 to 15 of a-z, 0-9 and -")
+        if self.address:
+            _check_private(self.address)
+
+
+def _check_private(address: str) -> None:
+    """Raises UsageError unless it is an IPv4 address of OWN_NETWORKS."""
+    doing = f"give a workload the address {address}"
+    try:
+        wanted = IPv4Address(address)
+    except ValueError:
+        raise UsageError(doing, "it is no IPv4 address") from None
+    if not any(wanted in network for network in OWN_NETWORKS):
+        known = ", ".join(map(str, OWN_NETWORKS))
+        raise UsageError(doing, f"it is in none of {known}")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,24 @@ class AttachNamespace:
 
 
 @dataclass(frozen=True)
+class OpenNamespace:
+    """The network namespace of descriptor ``fd``, which somebody else made and keeps.
+
+    One that is to be set up (``empty``) has no link but loopback.
+    """
+
+    name: str
+    fd: int
+    empty: bool
+
+    def describe(self) -> str:
+        return f"ip netns attach {self.name} (descriptor {self.fd})"
+
+    def undo(self) -> Step | None:
+        return DropNamespace(self.name)
+
+
+@dataclass(frozen=True)
 class DropNamespace:
     name: str
 
@@ -80,6 +98,36 @@ class Ip:
     def describe(self) -> str:
         lines = (f"ip -n {self.where} {command.replace('@', '')}" for command in self.commands)
         return "\n".join(lines)
+
+    def undo(self) -> Step | None:
+        return None
+
+
+@dataclass(frozen=True)
+class AddLink:
+    """A link from a namespace that outlives ours: ``command`` is of ip(8), ``peer`` its other end.
+
+    It goes with either end, wherever that has been moved to.
+    """
+
+    where: str
+    command: str
+    peer: str
+
+    def describe(self) -> str:
+        return f"ip -n {self.where} {self.command.replace('@', '')}"
+
+    def undo(self) -> Step | None:
+        return DropLink("gateway", self.peer)
+
+
+@dataclass(frozen=True)
+class DropLink:
+    where: str
+    link: str
+
+    def describe(self) -> str:
+        return f"ip -n {self.where} link del {self.link}"
 
     def undo(self) -> Step | None:
         return None
@@ -253,9 +301,12 @@ class StopProcess:
 Step = (
     MakeNamespace
     | AttachNamespace
+    | OpenNamespace
     | DropNamespace
     | SetSysctl
     | Ip
+    | AddLink
+    | DropLink
     | LoadRules
     | SetElements
     | DropElements

@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from nsrun import client, paths
+from nsrun import __version__, client, paths
 from nsrun.errors import AbsentError, GatewayError
-from nsrun.spec import GatewaySpec
+from nsrun.spec import GatewaySpec, Plug, RunSpec
 
 QUICK = 5  # seconds of silence that a list of what runs is worth
 STOP = 15.0  # seconds that a supervisor may take to end
@@ -76,13 +76,19 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def ask(name: str, request: dict[str, Any], patience: int = 0) -> dict[str, Any]:
-    """Send a request to the supervisor of gateway ``name``; ``patience`` as for client.reach().
+def ask(
+    name: str,
+    request: dict[str, Any],
+    patience: int = 0,
+    files: dict[str, int] | None = None,
+) -> dict[str, Any]:
+    """Send a request, and open ``files`` by name, to the supervisor of gateway ``name``.
 
-    Raises AbsentError when it is not up, and GatewayError.
+    ``patience`` is as for client.reach(). Raises AbsentError when it is not up, and GatewayError.
     """
     try:
-        answer, descriptors = client.ask(client.reach(name, patience), request)
+        server = client.send(client.reach(name, patience), request, files)
+        answer, descriptors = client.receive(server)
     except client.NotHereError:
         hint = f"ttp gateway up {name}"
         raise AbsentError(f"reach the gateway {name}", "it is not up", hint) from None
@@ -90,6 +96,31 @@ def ask(name: str, request: dict[str, Any], patience: int = 0) -> dict[str, Any]
         raise GatewayError(error.doing, error.cause, error.hint) from None
     os.close(descriptors["supervisor"])
     return answer
+
+
+def plug(network: int, spec: RunSpec, at: Plug, pid: int = 0) -> dict[str, Any]:
+    """Have a link plugged into the network namespace of descriptor ``network``: Workloads.plug().
+
+    Waits until Tor is ready. Returns the workload, as ``ttp ps --json`` has it. Raises as ``ask``.
+    """
+    request = {
+        "do": "plug",
+        "version": __version__,
+        "name": spec.name or "",
+        "command": spec.command,
+        "isolate": spec.isolate,
+        "ipv6": spec.ipv6,
+        "link": at.link,
+        "address": at.address,
+        "pid": pid,
+        "timeout": spec.bootstrap_timeout,
+    }
+    return ask(spec.gateway, request, files={"network": network})
+
+
+def unplug(gateway: str, name: str) -> None:
+    """Remove the link of a workload that was plugged in, wherever it is. Raises as ``ask``."""
+    ask(gateway, {"do": "unplug", "name": name})
 
 
 def stop(name: str) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from nsrun import __version__, processes, prompt
 from nsrun.client import visible
 from nsrun.errors import ExitCode, GatewayError, NsrunError, UsageError
-from nsrun.gateway import guests, outside
+from nsrun.gateway import guests, outside, plugs
 from nsrun.plan import Joined, Op, enter_ops
 from nsrun.spec import Caller, RunSpec, check_seconds
 from nsrun.user import resolve
@@ -185,7 +185,7 @@ class Requests:
         gateway = self._gateway
         guest = client.user
         match request:
-            case {"do": "run" | "exec" | "shell", "version": str() as version} if (
+            case {"do": "run" | "exec" | "shell" | "plug", "version": str() as version} if (
                 version != __version__
             ):
                 raise GatewayError(
@@ -218,9 +218,28 @@ class Requests:
                 answer = {"workloads": gateway.workloads.as_json(guest)}
             case {"do": "refresh", "name": str() as name}:
                 answer = gateway.workloads.refresh(name, guest).as_json()
+            case {"do": "plug" | "unplug"} if client.guest:
+                raise UsageError(plugs.DOING, "only root can, on a gateway of root's", "use sudo")
+            case {"do": "plug", "version": str()}:
+                answer = (await self._plug(client, request)).as_json()
+            case {"do": "unplug", "name": str() as name}:
+                gateway.workloads.unplug(name)
+                answer = {}
             case _:
                 raise UsageError("understand the request", f"no such request: {request.get('do')}")
         await client.send({**answer, "descriptors": []})
+
+    async def _plug(self, client: Client, request: dict[str, Any]) -> Live:
+        """Plug a link into the namespace of the descriptor that came along. Raises NsrunError."""
+        gateway = self._gateway
+        spec, plug, pid = plugs.wanted(request, gateway.spec.name)
+        if len(client.descriptors) != 1:
+            raise UsageError(plugs.DOING, "there is not one descriptor of its network")
+        await self._bootstrapped(client, spec.bootstrap_timeout)
+        live = await gateway.workloads.plug(spec, plug, client.descriptors[0], pid)
+        log.info("workload %s: a container, %s", live.name, visible(" ".join(spec.command)))
+        gateway.notify()
+        return live
 
     async def _run(self, client: Client, request: dict[str, Any], turn: asyncio.Lock) -> None:
         gateway = self._gateway

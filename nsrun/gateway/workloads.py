@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from nsrun import netlink, processes, ruleset
@@ -27,9 +28,9 @@ from nsrun.errors import NsrunError
 from nsrun.gateway.guests import MOST_WORKLOADS
 from nsrun.gateway.recording import Recording
 from nsrun.netns import Namespace
-from nsrun.plan import Workload, option_steps, workload_steps
-from nsrun.spec import Isolation, RunSpec, Strict
-from nsrun.steps import AttachNamespace, DropElements, SetElements, Step
+from nsrun.plan import Workload, loose_link_steps, option_steps, workload_steps
+from nsrun.spec import Isolation, Plug, RunSpec, Strict
+from nsrun.steps import AttachNamespace, DropElements, OpenNamespace, SetElements, Step
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class Live:
     """A workload that exists in the kernel. ``pid`` is 0 until it is given out.
 
     ``network`` is the inode number of its network namespace. ``guest`` is the user it is for, if
-    that is not our own; a name is unique among those of one user.
+    that is not our own; a name is unique among those of one user. The link of one that is
+    ``plugged`` ends in a namespace that somebody else made.
     """
 
     workload: Workload
@@ -61,6 +63,7 @@ class Live:
     isolate: Isolation = "workload"
     socks: bool = False
     strict: Strict | None = None
+    plugged: bool = False
     identity: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
@@ -145,6 +148,52 @@ class Workloads:
         (await self._begin(live, spec, name, pid, guest, NOTHING)).close()
         return live
 
+    async def plug(self, spec: RunSpec, plug: Plug, fd: int, pid: int) -> Live:
+        """Plug a link into the network namespace of descriptor ``fd``, which is not ours.
+
+        The workload ends with that namespace, or by ``unplug``. ``pid`` is its main process, 0 if
+        there is none yet. Raises NsrunError when the namespace has links, or the name or the
+        address is taken.
+        """
+        self._name(spec, None)  # before anything is done; and once more, as others may be quicker
+        if plug.address:
+            self._check_address(plug.address)
+        live = await self._make(OpenNamespace("workload", fd, not plug.address), plug)
+        live.plugged = True
+        try:
+            name = self._name(spec, None)
+        except NsrunError:
+            live.undo.close()
+            raise
+        (await self._begin(live, spec, name, pid, None, NOTHING)).close()
+        if plug.address and spec.isolate != "connection":
+            try:
+                self._renew(live)
+            except NsrunError:
+                self.ended(live.workload.link)
+                raise
+        return live
+
+    def unplug(self, name: str) -> None:
+        """Remove the link of the workload ``name``, wherever its other end is.
+
+        Raises NsrunError if there is none, or if it is a command's, who made its own namespace.
+        """
+        live = self.named(name)
+        if not live.plugged:
+            cause = "it is a command's, not a container's"
+            raise NsrunError(f"unplug the workload {name}", cause, f"ttp kill {name}")
+        self.ended(live.workload.link)
+
+    def _check_address(self, address: str) -> None:
+        """Raises NsrunError when an address is not free for a link."""
+        doing, wanted = f"give a workload the address {address}", IPv4Address(address)
+        block = self._block
+        if any(wanted in one for one in (block.links, block.identities, block.automap)):
+            raise NsrunError(doing, "it is one of the gateway's own", "choose another subnet")
+        if any(live.workload.given == address for live in self.live.values()):
+            raise NsrunError(doing, "another one of this gateway has it", "ttp ps lists them")
+
     def new_name(self, program: str, guest: int | None, kept: Collection[str] = ()) -> str:
         """A name for a user's next workload, after its ``program``, and none of those ``kept``."""
         plain = re.sub(r"[^A-Za-z0-9_.-]", "_", Path(program).name)
@@ -181,7 +230,8 @@ class Workloads:
         Its namespace is now the caller's to let go of. Raises NsrunError.
         """
         live.isolate, live.socks, live.strict = spec.isolate, spec.socks, spec.strict
-        live.network = os.fstat(live.machine.namespaces["workload"].fd).st_ino
+        if not live.workload.given:  # else it is the engine's own, none of whose processes is ours
+            live.network = os.fstat(live.machine.namespaces["workload"].fd).st_ino
         live.name, live.pid, live.guest = name, pid, guest
         live.command, live.since = spec.command, time.time()
         self.live[live.workload.link] = live  # now: nobody else may take the name
@@ -239,8 +289,11 @@ class Workloads:
     def refresh(self, name: str, guest: int | None = None) -> Live:
         """Give the workload ``name`` a new identity, alone (P7). Raises NsrunError if unknown."""
         live = self.named(name, guest)
-        if live.isolate == "connection":
-            return live  # each of its connections is somebody new already
+        if live.isolate != "connection":  # there, each of its connections is somebody new already
+            self._renew(live)
+        return live
+
+    def _renew(self, live: Live) -> None:
         self._identities += 1
         fresh = self._block.identity(self._identities)
         for address, identity in zip(
@@ -251,7 +304,6 @@ class Workloads:
             inverse = ruleset.drop_identity(address, new)
             Machine({"gateway": self._gateway}).do(SetElements("gateway", text, inverse))
             live.identity[address] = new
-        return live
 
     def as_json(self, guest: int | None = None) -> list[dict[str, object]]:
         return [live.as_json() for live in self.of(guest)]
@@ -273,13 +325,20 @@ class Workloads:
         self._ready.clear()
         self.live.clear()
 
-    async def _make(self, own: AttachNamespace | None = None) -> Live:
+    async def _make(
+        self, own: AttachNamespace | OpenNamespace | None = None, plug: Plug | None = None
+    ) -> Live:
         """In a thread: other requests need not wait for the programs that it runs."""
-        workload = Workload(self._block, self._number)
+        workload = Workload(self._block, self._number, plug.address if plug else "")
         self._number += 1
-        self._building[workload.link] = own.owner if own else None
+        guest = own.owner if isinstance(own, AttachNamespace) else None
+        self._building[workload.link] = guest
+        if plug and plug.address and isinstance(own, OpenNamespace):
+            steps = loose_link_steps(workload, own, plug.link)
+        else:
+            steps = workload_steps(workload, own)
         try:
-            live = await asyncio.to_thread(self._build, workload, own)
+            live = await asyncio.to_thread(self._build, workload, steps)
         except BaseException:
             self._building.pop(workload.link, None)
             raise
@@ -289,10 +348,10 @@ class Workloads:
         del self._building[workload.link]
         return live
 
-    def _build(self, workload: Workload, own: AttachNamespace | None) -> Live:
+    def _build(self, workload: Workload, steps: tuple[Step, ...]) -> Live:
         effects: list[str] = []
         machine = Machine({"gateway": self._gateway}, echo=effects.append)
-        undo = apply(workload_steps(workload, own), machine.do)
+        undo = apply(steps, machine.do)
         machine.echo = lambda _: None
         return Live(workload, machine, undo, tuple(effects))
 
