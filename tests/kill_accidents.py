@@ -164,7 +164,8 @@ def _inside(gateway: Mortal, *command: str) -> str:
     (space, *_) = spaces(gateway.pid)
     there: tuple[str, ...] = ("nsenter", f"--net={space}")
     if not Path(f"/proc/{gateway.pid}/ns/user").samefile("/proc/self/ns/user"):
-        there = ("nsenter", f"--user=/proc/{gateway.pid}/ns/user", f"--net={space}")
+        users = f"--user=/proc/{gateway.pid}/ns/user"
+        there = ("nsenter", users, "--preserve-credentials", f"--net={space}")
     return subprocess.run((*there, *command), capture_output=True, text=True, check=True).stdout
 
 

@@ -335,6 +335,12 @@ def no_sweep() -> None:
 DEFECTS = {"": lambda: None, "open-first": open_first, "no-sweep": no_sweep}
 
 
+def _tail(log: Path) -> str:
+    """The end of a log, without what Tor warns of at each start."""
+    lines = log.read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if "non-loopback address" not in line)[-4000:]
+
+
 def main(story: str, uplink: str, fragment: str, defect: str) -> None:
     faulthandler.dump_traceback_later(LIMIT, exit=True)  # should something hang
     DEFECTS[defect]()
@@ -351,7 +357,7 @@ def main(story: str, uplink: str, fragment: str, defect: str) -> None:
         import traceback
 
         logs = [*home.glob("*.log"), Path(paths.log(state))]
-        said = [f"{path.name}: …{path.read_text()[-3000:]}" for path in logs if path.exists()]
+        said = [f"{path.name}: …{_tail(path)}" for path in logs if path.exists()]
         trouble = "\n".join((traceback.format_exc(), *said))
     finally:
         shutil.rmtree(home, ignore_errors=True)
