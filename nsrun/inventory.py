@@ -2,6 +2,7 @@
 
 running   a supervisor says so
 cut off   its gateway has gone, and the command has not: it reaches nothing any more
+silent    its gateway does not answer, and the command has not ended; of detached ones only
 ended     the command of a detached one has; ``exit_code`` says how
 lost      the same, but its monitor was killed, so nobody knows how, or whether it runs still
 """
@@ -20,6 +21,7 @@ from nsrun.gateway import control
 from nsrun.records import Record
 
 SETTLED = 5.0  # seconds, at most
+ALIVE = ("running", "cut off", "silent")
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,18 @@ class Found:
 
     def processes(self) -> list[int]:
         """Process ids, if it runs: later the number of its namespace may be another one's."""
-        if self.state not in ("running", "cut off"):
+        if self.state not in ALIVE:
             return []
         return processes.members(self.told["network"], self.told["guest"])
 
     def send(self, number: int) -> None:
         """Send a signal to every process. Raises UsageError if it is not known to run."""
-        self._need("signal", "running", "cut off")
+        self._need("signal", *ALIVE)
         processes.send(self.told["network"], self.told["guest"], number)
 
     def end(self) -> None:
         """Kill every process. Raises as ``send``, and NsrunError if some stay."""
-        self._need("kill", "running", "cut off")
+        self._need("kill", *ALIVE)
         processes.end(self.told["network"], self.told["guest"], lambda: not self._lives())
 
     def settle(self) -> None:
@@ -82,7 +84,11 @@ class Found:
 
     def _need(self, doing: str, *states: str) -> None:
         if self.state not in states:
-            causes = {"cut off": "its gateway is gone", "ended": "it has ended"}
+            causes = {
+                "cut off": "its gateway is gone",
+                "silent": "its gateway does not answer",
+                "ended": "it has ended",
+            }
             cause = causes.get(self.state, "its monitor was killed: nobody knows whether it runs")
             raise UsageError(f"{doing} the workload {self.name}", cause, "ttp ps lists them")
 
@@ -94,14 +100,19 @@ class Found:
         return bool(self.processes())
 
 
-def every(gateway: str | None) -> list[Found]:
-    """The workloads of a gateway, or of all that this user may use.
+def every(gateway: str | None) -> tuple[list[Found], dict[str, GatewayError]]:
+    """The workloads of a gateway, or of all that this user may use; and those of all that do not
+    answer, by name.
 
     Raises AbsentError if the gateway is not up and there are no records of it, and GatewayError.
     """
     kept = {(one.gateway, one.name): one for one in records.found(gateway)}
+    silent: dict[str, GatewayError] = {}
     try:
-        live = control.workloads(gateway)
+        if gateway is None:
+            live, silent = control.all_workloads()
+        else:
+            live = control.workloads(gateway)
     except AbsentError:
         if not kept:
             raise
@@ -116,19 +127,23 @@ def every(gateway: str | None) -> list[Found]:
             found.append(Found(told, "running"))
     for record in kept.values():
         with suppress(OSError, ValueError):  # it has just been removed, or was never complete
-            found.append(_recorded(record))
-    return found
+            found.append(_recorded(record, "silent" if record.gateway in silent else "cut off"))
+    return found, silent
 
 
 def one(name: str, gateway: str | None) -> Found:
     """The workload of that name: our own before a guest's, one that runs before one that has run.
 
-    Raises UsageError if there is none, or one in each of two places.
+    Raises UsageError if there is none, or one in each of two places; GatewayError if it may be on
+    a gateway that does not answer.
     """
     doing = f"find the workload {name}"
-    found = [one for one in every(gateway) if one.name == name]
+    all_of_them, silent = every(gateway)
+    found = [one for one in all_of_them if one.name == name]
     found = [one for one in found if one.told["guest"] in (None, os.geteuid())] or found
     found = [one for one in found if one.state == "running"] or found
+    if not found and silent:
+        raise next(iter(silent.values()))
     if not found:
         raise UsageError(doing, "there is none", "ttp ps lists them")
     places = sorted({one.gateway for one in found})
@@ -140,11 +155,11 @@ def one(name: str, gateway: str | None) -> Found:
     return found[0]
 
 
-def _recorded(record: Record) -> Found:
-    """A workload that no supervisor knows."""
+def _recorded(record: Record, alive: str) -> Found:
+    """A workload that no supervisor tells of; its state is ``alive`` if its command lives."""
     watched = record.watched()  # first: it may end in between
     code = record.exit_code()
-    state = "cut off" if watched else "lost" if code is None else "ended"
+    state = alive if watched else "lost" if code is None else "ended"
     return Found(record.started(), state, code, record)
 
 

@@ -83,6 +83,17 @@ def private_directory(path: str) -> None:
         raise PermissionError(1, "owned or writable by another user", path)
 
 
+def make_private(path: str) -> None:
+    """The same, but raises NsrunError, which a person can read."""
+    try:
+        private_directory(path)
+    except OSError as error:
+        from nsrun.errors import NsrunError  # hardly ever needed
+
+        hint = f"make it yours alone: {error.filename}"
+        raise NsrunError(f"use the directory {path}", error.strerror, hint) from error
+
+
 def _home(variable: str, default: str) -> str:
     base = os.environ.get(variable)
     if not base or not base.startswith("/"):  # the specification: ignore a relative path

@@ -63,7 +63,7 @@ def workloads() -> list[str]:
     from nsrun import inventory
 
     with suppress(NsrunError, OSError):
-        return [one.name for one in inventory.every(None)]
+        return [one.name for one in inventory.every(None)[0]]
     return []
 
 

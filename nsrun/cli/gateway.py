@@ -170,7 +170,7 @@ def logs(name: Named = "default") -> None:
     from nsrun.gateway import control
 
     state = control.default_spec(name).state
-    if name in control.running():  # whose files may be elsewhere: a lab has its own
+    if control.owner(name) is not None:  # whose files may be elsewhere: a lab has its own
         gateway = control.ask(name, {"do": "inspect"})
         state = f"/proc/{gateway['pid']}/root{gateway['state']}"
     path = Path(paths.log(state))

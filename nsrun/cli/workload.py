@@ -14,7 +14,7 @@ from nsrun import inventory
 from nsrun.cli import output
 from nsrun.cli.completion import workloads
 from nsrun.client import visible
-from nsrun.errors import NsrunError, UsageError
+from nsrun.errors import GatewayError, NsrunError, UsageError
 from nsrun.inventory import Found
 
 Name = Annotated[
@@ -28,11 +28,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def ps(gateway: Gateway = None, as_json: Json = False) -> None:
-    """List the workloads, and detached ones that have ended."""
-    found = inventory.every(gateway)
+    """List the workloads, and detached ones that have ended.
+
+    If a gateway does not answer, those of the others are listed, and it ends with 1.
+    """
+    found, silent = inventory.every(gateway)
     if as_json:
         output.as_json([one.as_json() for one in found])
-        return
+    else:
+        _table(found)
+    if silent:
+        causes = "; ".join(f"{name}: {error.cause}" for name, error in silent.items())
+        hint = next(iter(silent.values())).hint
+        raise GatewayError("list the workloads of every gateway", causes, hint)
+
+
+def _table(found: list[Found]) -> None:
     rows = [
         (
             one.name,
@@ -136,7 +147,7 @@ def rm(
     """Remove what is kept of detached workloads that have ended: how, and what they printed."""
     found = [inventory.one(name, gateway) for name in names]
     for one in found:
-        if one.exit_code is None and one.state in ("running", "cut off"):
+        if one.exit_code is None and one.state in inventory.ALIVE:
             raise UsageError(f"remove the workload {one.name}", "it runs", f"ttp kill {one.name}")
     for one in found:
         one.need_record("remove").remove()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nsrun import __version__, paths
 from nsrun.doctor import MISSING, OK, WARNING, Finding
-from nsrun.errors import NsrunError, UsageError
+from nsrun.errors import GatewayError, UsageError
 from nsrun.gateway import control, uplink_veth
 from nsrun.lab import control as labs
 
@@ -66,13 +66,11 @@ def clock() -> Finding:
 
 def gateways() -> Iterator[Finding]:
     """Those that run: whether they answer, are ready, and are of this version."""
-    for name in control.running():
+    for name, found in control.ask_all({"do": "inspect"}):
         title = f"gateway {name}"
         restart = f"ttp gateway down {name}"
-        try:
-            found = control.ask(name, {"do": "inspect"}, control.QUICK)
-        except NsrunError as error:
-            yield Finding(title, WARNING, error.cause, error.hint)
+        if isinstance(found, GatewayError):
+            yield Finding(title, WARNING, found.cause, found.hint)
             continue
         version, tor = found["version"], found["tor"]
         told = f"version {version}, {found['uplink']['kind']}, {len(found['workloads'])} workloads"
@@ -98,7 +96,7 @@ def _lab(name: str) -> Finding:
 
 def leftovers() -> Iterator[Finding]:
     """What a killed supervisor or holder left: directories whose lock nobody holds, and veth."""
-    held = _locked()
+    held = control.locked()
     for kind, undo in (("gateway", "ttp gateway up {0}, then down"), ("lab", "ttp lab down {0}")):
         for lock in sorted(Path(paths.runtime()).glob(f"{kind}s/*/lock")):
             with suppress(OSError):
@@ -110,10 +108,3 @@ def leftovers() -> Iterator[Finding]:
         for table in uplink_veth.left_tables():
             found = f"table inet {table} and forwarding, of a killed gateway with --uplink veth"
             yield Finding("left on the host", WARNING, found, "the next ttp gateway up removes it")
-
-
-def _locked() -> set[int]:
-    """Inodes that flock(2) holds, by /proc/locks: to try a lock would be in a starter's way."""
-    lines = Path("/proc/locks").read_text().splitlines()
-    rows = [line.replace("->", "").split() for line in lines]
-    return {int(row[5].rpartition(":")[2]) for row in rows if row[1] == "FLOCK"}

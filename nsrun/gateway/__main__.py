@@ -88,7 +88,7 @@ def _serve(spec: GatewaySpec, tell: Tell, starter: int | None) -> None:
     if spec.group is not None:
         _open_way(Path(spec.runtime))
     _sweep(Path(spec.runtime).parent)
-    _make_private(spec.state)
+    paths.make_private(spec.state)
     _empty(paths.log(spec.state))
     logging.basicConfig(
         filename=paths.log(spec.state),  # to append: Tor and the uplink write there too
@@ -134,7 +134,7 @@ def _claim(runtime: str) -> int:
 
     Raises GatewayError when another supervisor holds it.
     """
-    _make_private(runtime)
+    paths.make_private(runtime)
     fd = os.open(f"{runtime}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,14 +168,6 @@ def _empty(log: str) -> None:
     """A new log, which nobody else may read: it tells what was run."""
     Path(log).unlink(missing_ok=True)
     os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-
-
-def _make_private(directory: str) -> None:
-    try:
-        paths.private_directory(directory)
-    except OSError as error:
-        hint = f"make it yours alone: {error.filename}"
-        raise GatewayError(f"use the directory {directory}", error.strerror, hint) from error
 
 
 if __name__ == "__main__":

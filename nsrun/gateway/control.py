@@ -7,8 +7,8 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,7 @@ from nsrun.errors import AbsentError, GatewayError
 from nsrun.spec import GatewaySpec, Plug, RunSpec
 
 QUICK = 5  # seconds of silence that a list of what runs is worth
+START = 60.0  # seconds that a supervisor which starts may be silent: Tor alone may take 20
 STOP = 15.0  # seconds that a supervisor may take to end
 #: What a supervisor keeps of the shell that happened to start it; not LD_PRELOAD (torsocks sets
 #: it), nor a default of options, which each client sends itself.
@@ -32,13 +33,23 @@ def default_spec(name: str) -> GatewaySpec:
     return GatewaySpec(name, paths.gateway(name), f"{paths.state()}/gateways/{name}")
 
 
-def start(spec: GatewaySpec, echo: Callable[[str], None] | None = None) -> IO[str]:
+def start(spec: GatewaySpec, echo: Callable[[str], None] | None = None) -> IO[bytes]:
     """Start a supervisor and return once it answers; Tor may still be bootstrapping.
 
     The file that comes back is to be held open until Tor is ready: when it is closed before, by
     our death too, the gateway ends, unless somebody else waits for it.
-    Losing a race against another start is no error. Raises NsrunError with the supervisor's own.
+    Losing a race against another start is no error; who loses against an end starts anew. Raises
+    NsrunError with the supervisor's own.
     """
+    deadline = time.monotonic() + START
+    while True:
+        said, alone = _launch(spec, echo)
+        if alone or _other_listens(spec.runtime, deadline):
+            return said
+
+
+def _launch(spec: GatewaySpec, echo: Callable[[str], None] | None) -> tuple[IO[bytes], bool]:
+    """Start a supervisor; False if there is another one, which keeps it from being made."""
     request = {**asdict(spec), "detach": True}
     process = subprocess.Popen(
         (sys.executable, "-P", "-m", "nsrun.gateway"),
@@ -46,29 +57,63 @@ def start(spec: GatewaySpec, echo: Callable[[str], None] | None = None) -> IO[st
         stdout=subprocess.PIPE,
         start_new_session=True,  # a Ctrl-C is for us; when we go, it ends by itself
         env=_environment(),
-        text=True,
+        bufsize=0,
     )
     assert process.stdin is not None
     assert process.stdout is not None
     with process.stdin:
-        json.dump(request, process.stdin)
+        process.stdin.write(json.dumps(request).encode())
     process.wait()  # the supervisor is its child
-    for line in process.stdout:
-        message = json.loads(line)
+    for message in _messages(process.stdout, f"see {paths.log(spec.state)}"):
         if "effect" in message and echo is not None:
             echo(message["effect"])
         elif "error" in message:
             error = message["error"]
-            if error["busy"]:
-                break
-            raise GatewayError(error["doing"], error["cause"], error["hint"])
+            if not error["busy"]:
+                raise GatewayError(error["doing"], error["cause"], error["hint"])
+            return process.stdout, False
         elif "ready" in message:
             break
-    else:
-        raise GatewayError(
-            "start the gateway", "its supervisor ended", f"see {paths.log(spec.state)}"
-        )
-    return process.stdout
+    return process.stdout, True
+
+
+def _messages(pipe: IO[bytes], hint: str) -> Iterator[dict[str, Any]]:
+    """What a supervisor says while it starts. Raises GatewayError at its end, or its silence."""
+    cause, said = f"its supervisor is silent for {START:g} s", b""
+    while select.select([pipe], [], [], START)[0]:
+        data = pipe.read(1 << 16)
+        if not data:
+            cause = "its supervisor ended"
+            break
+        *lines, said = (said + data).split(b"\n")
+        yield from map(json.loads, lines)
+    raise GatewayError("start the gateway", cause, hint)
+
+
+def _other_listens(runtime: str, deadline: float) -> bool:
+    """Wait until the supervisor that was there before listens; False once it has gone."""
+    while time.monotonic() < deadline:
+        try:
+            client.connect(f"{runtime}/api").close()
+        except client.NotHereError:
+            try:
+                if Path(runtime, "lock").stat().st_ino not in locked():
+                    return False
+            except FileNotFoundError:
+                return False
+        except client.RefusedError:
+            break
+        else:
+            break
+        time.sleep(0.02)  # until its socket is there: it cannot be waited for
+    return True
+
+
+def locked() -> set[int]:
+    """Inodes that flock(2) holds, by /proc/locks: to try a lock would be in a starter's way."""
+    lines = Path("/proc/locks").read_text().splitlines()
+    rows = [line.replace("->", "").split() for line in lines]
+    return {int(row[5].rpartition(":")[2]) for row in rows if row[1] == "FLOCK"}
 
 
 def _environment() -> dict[str, str]:
@@ -142,45 +187,68 @@ def inspect_all() -> list[dict[str, Any]]:
 
     One that ends meanwhile is left out.
     """
-    found = []
-    for name in running():
+    return [
+        {"name": name, "problem": found.cause} if isinstance(found, GatewayError) else found
+        for name, found in ask_all({"do": "inspect"})
+    ]
+
+
+def workloads(gateway: str) -> list[dict[str, Any]]:
+    """The workloads of a gateway. Raises AbsentError if it is not up, and GatewayError."""
+    return _listed(gateway, ask(gateway, {"do": "ps"}, QUICK))
+
+
+def all_workloads() -> tuple[list[dict[str, Any]], dict[str, GatewayError]]:
+    """The workloads of every gateway of this user's; and of those that are silent, by name, why."""
+    found, silent = [], {}
+    for name, answer in ask_all({"do": "ps"}):
+        if isinstance(answer, GatewayError):
+            silent[name] = answer
+        else:
+            found += _listed(name, answer)
+    return found, silent
+
+
+def _listed(gateway: str, answer: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"gateway": gateway, **one} for one in answer["workloads"]]
+
+
+def ask_all(request: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any] | GatewayError]]:
+    """What each gateway that this user may use answers within QUICK, or why it does not.
+
+    One that ends meanwhile is left out.
+    """
+    for name in _names():
         try:
-            found.append(ask(name, {"do": "inspect"}, QUICK))
+            yield name, ask(name, request, QUICK)
         except AbsentError:
             continue
         except GatewayError as error:
-            found.append({"name": name, "problem": error.cause})
-    return found
-
-
-def workloads(gateway: str | None) -> list[dict[str, Any]]:
-    """The workloads of a gateway, or of all of this user's, each with its gateway's name.
-
-    Raises GatewayError if the gateway is not up.
-    """
-    found = []
-    for name in running() if gateway is None else [gateway]:
-        with suppress(*((AbsentError,) if gateway is None else ())):  # it ends meanwhile
-            listed = ask(name, {"do": "ps"}, QUICK)["workloads"]
-            found += [{"gateway": name, **one} for one in listed]
-    return found
+            yield name, error
 
 
 def running() -> list[str]:
-    """Names of the gateways that this user may use and whose supervisor answers."""
+    """Names of the gateways that this user may use and whose supervisor listens."""
+    return [name for name in _names() if owner(name) is not None]
+
+
+def _names() -> list[str]:
+    """Of the gateways that this user may use, and perhaps of some that were killed."""
     found = {entry.name for path in paths.sockets("*") for entry in Path(path).parents[1].glob("*")}
-    return sorted(name for name in found if owner(name) is not None)
+    return sorted(found)
 
 
 def owner(name: str) -> int | None:
     """The user of the gateway that ``name`` stands for: ourselves, or root who shares it.
 
-    None if there is none.
+    None if there is none. Raises GatewayError.
     """
     try:
-        connection = client.reach(name)
+        connection = client.reach(name, QUICK)
     except client.NotHereError:
         return None
+    except client.RefusedError as error:
+        raise GatewayError(error.doing, error.cause, error.hint) from None
     try:
         return client.owner(connection)
     finally:

@@ -97,6 +97,7 @@ class Supervisor:
         finally:
             for task in (accepting, idle):
                 task.cancel()
+            server.close()  # who comes now is not to wait for us to end, but to start another one
             self._loop.remove_reader(monitor)
             monitor.close()
             self.workloads.close()

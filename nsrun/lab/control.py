@@ -64,9 +64,9 @@ def up(name: str, progress: Progress, *, gateway: bool = True, onion: bool = Fal
     started = time.time()
     directory = _directory(name)
     for parent in (Path(paths.runtime()), _labs(), directory):
-        paths.private_directory(str(parent))
+        paths.make_private(str(parent))
         parent.chmod(0o711)  # ca-bundle.pem is for every user; the rest is guarded one by one
-    paths.private_directory(paths.cache())
+    paths.make_private(paths.cache())
     with (directory / "lock").open("a+") as file:
         try:
             wait_for(lambda: lock(file), 0.2, "the lock")  # _holder() takes it for an instant

@@ -56,6 +56,37 @@ def test_a_stopped_supervisor_is_not_waited_for(lab: Lab) -> None:
     assert lab.run("true").returncode == 0
 
 
+def test_one_stopped_supervisor_hides_no_other(lab: Lab) -> None:
+    """``ttp ps`` lists what others say, and what records say of its own; it names it, and fails."""
+
+    def on_host(*argv: str) -> subprocess.CompletedProcess[str]:
+        return lab.do(*lab.inside_argv("host", TTP, *argv))
+
+    with lab.other_gateway("slirp4netns") as name:
+        for gateway, workload in ((name, "there"), (lab.name, "here")):
+            detach = ("run", "--detach", "-g", gateway, "--name", workload, "--", "sleep", "60")
+            assert on_host(*detach).returncode == 0
+        with stopped(lab) as pid:
+            done = on_host("ps")
+            rows = [line.split()[:3] for line in done.stdout.splitlines()]
+            assert ["there", name, "running"] in rows
+            assert ["here", lab.name, "silent"] in rows
+            refused(done, 1, f"{lab.name}: its supervisor (process {pid}) is silent for 5 s")
+            assert on_host("kill", "-s", "KILL", "-g", name, "there").returncode == 0
+        assert on_host("kill", "-s", "KILL", "here").returncode == 0
+        assert on_host("rm", "here", "there").returncode == 0
+
+
+@pytest.mark.parametrize("verb", ["gateway", "lab"])
+def test_a_directory_that_others_may_write_to_is_refused(lab: Lab, verb: str) -> None:
+    """Somebody could exchange what is in it."""
+    open_to_all = lab.home / "open"
+    lab.do("install", "-d", "-m", "777", str(open_to_all))
+    up = ("env", f"TTP_RUNTIME_DIR={open_to_all}", TTP, verb, "up", "nowhere")
+    refused(lab.do(*up), 1, f"use the directory {open_to_all}", "owned or writable by another")
+    assert not list(open_to_all.iterdir())
+
+
 # What a machine may lack: shell commands that take it away in a mount namespace of the lab's host,
 # then `ttp gateway up`, its exit code, and words of the line that says why.
 SMALL = "mount -t tmpfs -o size=1m none /mnt && head -c 2M /dev/zero 2>/dev/null >/mnt/fill; "

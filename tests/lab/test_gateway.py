@@ -87,6 +87,19 @@ def test_two_starts_at_once_make_one_gateway(lab: Lab) -> None:
         assert on_host(lab, "gateway", "down", name).returncode == 0
 
 
+@pytest.mark.promise("P8")
+def test_a_start_waits_for_the_end_of_another_one(lab: Lab) -> None:
+    """A supervisor that is not there yet, or not any more, holds the lock and does not answer."""
+    held = 'mkdir -p -m 711 "$0"; exec flock "$0/lock" sleep 1'
+    directory = f"$TTP_RUNTIME_DIR/gateways/{lab.name}-slirp"
+    holding = lab.inside("host", "sh", "-c", f"exec sh -c '{held}' \"{directory}\"")
+    with subprocess.Popen(holding):
+        taken = lab.inside_argv("host", "sh", "-c", f"! flock --nonblock {directory}/lock true")
+        eventually(lambda: lab.do(*taken).returncode == 0, "the lock")
+        with lab.other_gateway("slirp4netns") as name:
+            assert on_host(lab, "run", "-g", name, "--", "true").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("fragment", "words"),
     [
