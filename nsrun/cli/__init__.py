@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from nsrun import __version__, client, enter
-from nsrun.cli import check, completion, config, doctor, gateway, lab, leak, run, workload
+from nsrun.cli import check, completion, config, docker, doctor, gateway, lab, leak, run, workload
 from nsrun.errors import ExitCode, NsrunError, UsageError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.add_typer(gateway.app, name="gateway")
 app.add_typer(lab.app, name="lab")
 app.add_typer(config.app, name="config")
+app.add_typer(docker.app, name="docker")
 run.register(app)
 app.command("plan", cls=run.CLASS, context_settings=run.CONTEXT)(run.takes_request(run.plan))
 workload.register(app)

@@ -23,6 +23,7 @@ PURE = (
     "nsrun.errors",
     "nsrun.seccomp",
     "nsrun.prompt",
+    "nsrun.containers.driver",
     "nsrun.lab.description",
     "nsrun.lab.topology",
     "nsrun.lab.torrcs",
