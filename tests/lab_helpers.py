@@ -92,18 +92,12 @@ class Lab:
         relays = self.status()["relays"]
         assert isinstance(relays, dict)
         ports = {(a, topology.OR_PORT) for addresses in relays.values() for a in addresses}
-        neighbours = {*ours, topology.ROUTER, topology.ROUTER6, *self._link_local()}
-        return [
-            TcpToRelays(frozenset(ours), frozenset(ports)),
-            Neighbours(frozenset(neighbours)),
-        ]
+        return [TcpToRelays(frozenset(ours), frozenset(ports)), self.neighbours(*ours)]
 
-    def _link_local(self) -> list[str]:
-        """The address from which the simulated host's kernel looks for its router, in IPv6."""
-        show = ("ip", "-j", "-6", "address", "show", "dev", "eth0")
-        links = json.loads(self.do(*self.inside_argv("host", *show)).stdout)
-        found = [address["local"] for link in links for address in link.get("addr_info", ())]
-        return [address for address in found if address.startswith("fe80:")]
+    def neighbours(self, *ours: str) -> Neighbours:
+        """The router and ``ours`` look for each other now and then, whatever is sent."""
+        router = (topology.ROUTER, topology.ROUTER6, topology.ROUTER_LINK)
+        return Neighbours(frozenset((*ours, *router, topology.HOST_LINK)))
 
     @contextmanager
     def other_gateway(

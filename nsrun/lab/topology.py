@@ -32,6 +32,10 @@ SERVICE, SERVICE6 = "11.201.0.1", "2600:11c9::1"
 
 ISP, ISP6 = "11.250.0.1", "2600:11fa::1"
 WAN, WAN6 = "11.250.0.2", "2600:11fa::2"  # what the internet sees of the LAN
+# From where a router looks for a neighbour whom it only forwards to (RFC 4861, 7.2.2): without
+# such an address it finds nobody, and answers are lost as soon as it has to look again. The host
+# has one as real ones do: pasta asks for it.
+ISP_LINK, WAN_LINK, ROUTER_LINK, HOST_LINK = "fe80::1", "fe80::2", "fe80::1", "fe80::10"
 
 LAN_PREFIX, LAN_PREFIX6 = "192.168.77.0/24", "2001:db8:77::/64"
 ROUTER, ROUTER6 = "192.168.77.1", "2001:db8:77::1"
@@ -122,6 +126,7 @@ def inet_links() -> str:
         "link add isp0 type veth peer name wan0 netns router",
         f"address add {ISP}/30 dev isp0",
         f"address add {ISP6}/64 dev isp0 nodad",
+        f"address add {ISP_LINK}/64 dev isp0 nodad",
         "link set isp0 addrgenmode none up",
         # whatever else is sent to the internet arrives here too, and is answered: a leak succeeds
         "route add local 0.0.0.0/0 dev lo table main",
@@ -135,6 +140,7 @@ def router_links() -> str:
         "link set lo up",
         f"address add {WAN}/30 dev wan0",
         f"address add {WAN6}/64 dev wan0 nodad",
+        f"address add {WAN_LINK}/64 dev wan0 nodad",
         "link set wan0 addrgenmode none up",
         f"route add default via {ISP}",
         f"route add default via {ISP6}",
@@ -143,6 +149,7 @@ def router_links() -> str:
         "link set lan0 addrgenmode none",
         f"address add {ROUTER}/24 dev lan0",
         f"address add {ROUTER6}/64 dev lan0 nodad",
+        f"address add {ROUTER_LINK}/64 dev lan0 nodad",
         "link set lan0 up",
         *(
             line
@@ -157,12 +164,12 @@ def router_links() -> str:
 
 
 def host_links() -> str:
-    """The host alone has a link-local address, as real ones do: pasta asks for one."""
-    return _on_lan(HOST, HOST6, "eui64")
+    """Commands for ``ip -batch`` in `host`, after those of `router`."""
+    return _on_lan(HOST, HOST6) + _lines(f"address add {HOST_LINK}/64 dev eth0 nodad")
 
 
 def lan_links() -> str:
-    return _on_lan(RESOLVER, RESOLVER6, "none") + _lines(
+    return _on_lan(RESOLVER, RESOLVER6) + _lines(
         f"address add {LAN_WEB}/24 dev eth0",
         f"address add {LAN_WEB6}/64 dev eth0 nodad",
         f"address add {METADATA}/32 dev eth0",
@@ -182,12 +189,12 @@ table inet lab {
 """
 
 
-def _on_lan(address: str, address6: str, link_local: str) -> str:
+def _on_lan(address: str, address6: str) -> str:
     return _lines(
         "link set lo up",
         f"address add {address}/24 dev eth0",
         f"address add {address6}/64 dev eth0 nodad",
-        f"link set eth0 addrgenmode {link_local} up",
+        "link set eth0 addrgenmode none up",
         f"route add default via {ROUTER}",
         f"route add default via {ROUTER6}",
     )

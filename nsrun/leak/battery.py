@@ -33,13 +33,15 @@ from nsrun.leak import pcap
 from nsrun.leak.broken import OPEN, Defect
 from nsrun.leak.capture import Tap, tap
 from nsrun.leak.field import Found, Order
+from nsrun.leak.probes import SECONDS as SILENCE
 from nsrun.leak.probes import Control, Expect, Needs, Outcome, Probe, World
 from nsrun.leak.results import Controls, Made, Result, assess, seen_in_control
 from nsrun.leak.verdict import Neighbours, Rule, TcpToRelays, Verdict, judge
 from nsrun.ruleset import TRANS_PORT
 
-SECONDS = 120.0  # for all probes of one sender
-NEIGHBOURS = (topology.ROUTER, topology.ROUTER6)
+SECONDS = 240.0  # for all probes of one sender, on a busy machine
+HALF_PATIENCE = 2.0  # seconds for an answer that a defect may or may not let through
+NEIGHBOURS = (topology.ROUTER, topology.ROUTER6, topology.ROUTER_LINK)
 LAN = (topology.RESOLVER, topology.RESOLVER6, topology.LAN_WEB, topology.LAN_WEB6)
 OPEN_LINK = ("192.168.77.51", "2001:db8:77::51")
 DOORS_TCP, DOORS_UDP = (22, 9050, 9051), (7,)
@@ -77,6 +79,18 @@ class Bench:
             TcpToRelays(frozenset(ours), frozenset(ports)),
             Neighbours(frozenset((*ours, *neighbours))),
         ]
+
+    def allowed(self) -> dict[str, Sequence[Rule]]:
+        """What each wire may carry: of the gateway's, Tor; and of all, that the lab's router and
+        hosts look for each other, and for a gateway that was there.
+        """
+        own = (*NEIGHBOURS, *OPEN_LINK)
+        host = (topology.HOST, topology.HOST6, topology.HOST_LINK)
+        return {
+            "gateway": self.rules(topology.GATEWAY, topology.GATEWAY6, neighbours=own),
+            "host": [Neighbours(frozenset((*own, *host)))],
+            "lan": [Neighbours(frozenset((*own, *LAN, topology.METADATA)))],
+        }
 
     def world(self, known: dict[str, Any], outside: int, **who: str) -> World:
         """``known`` is what the gateway's supervisor says of it; empty if it has none."""
@@ -172,18 +186,12 @@ def scene(bench: Bench, gateway: str) -> Iterator[Scene]:
             own6=workload["address"][1],
         )
         wires = {name: place for name, place in bench.lab.wires.items() if name != "internet"}
-        own = (*NEIGHBOURS, *OPEN_LINK)
         yield Scene(
             world,
             run=(*bench.inside("host"), bench.ttp, "run", "--gateway", gateway, "--"),
             into=tuple(bench.within(f"/proc/{workload['pid']}/ns/net")),
             taps={name: stack.enter_context(_tap(bench, place)) for name, place in wires.items()},
-            allowed={
-                # the lab's router and hosts look for each other, and for a gateway that was
-                "gateway": bench.rules(*ours, neighbours=own),
-                "host": [Neighbours(frozenset((*own, topology.HOST, topology.HOST6)))],
-                "lan": [Neighbours(frozenset((*own, *LAN, topology.METADATA)))],
-            },
+            allowed=bench.allowed(),
         )
 
 
@@ -222,7 +230,10 @@ def open_scene(bench: Bench, defect: Defect) -> Iterator[tuple[World, Sequence[s
         wire = stack.enter_context(_tap(bench, ("router", f"gw-{name}")))
         who = {key: value for key, value in asdict(found).items() if not key.endswith("netns")}
         link = {"uplink": OPEN_LINK[0], "uplink6": OPEN_LINK[1]}
-        world = replace(bench.world({}, 0, **link, **who), patience=1)  # there is no Tor
+        world = bench.world({}, 0, **link, **who)
+        # without a guard nobody refuses, and everybody answers; behind half a guard, some do
+        patience = world.patience if defect is OPEN else HALF_PATIENCE
+        world = replace(world, patience=patience, moment=SILENCE)
         yield world, bench.within(found.own_netns), wire
 
 

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 from nsrun.leak import pcap
 from nsrun.leak.frames import Frame, Ip, Tcp, Udp
-from nsrun.leak.probes import Control, Expect, Outcome, Probe, marks
+from nsrun.leak.probes import PORTS, Control, Expect, Outcome, Probe, marks
 from nsrun.leak.probes.table import PROBES
 from nsrun.leak.verdict import Leak, Value, Verdict
 
@@ -82,7 +82,7 @@ def _of(probe: Probe, leaks: Sequence[Leak]) -> list[int]:
 
     A connection's first packets carry nothing that the program chose.
     """
-    marked = {i for i, leak in enumerate(leaks) if seen(probe, leak.frame.data)}
+    marked = {i for i, leak in enumerate(leaks) if seen(probe, leak.frame)}
     flows = {_flow(leaks[i].frame) for i in marked} - {None}
     return [i for i, leak in enumerate(leaks) if i in marked or _flow(leak.frame) in flows]
 
@@ -95,9 +95,16 @@ def _flow(frame: Frame) -> frozenset[tuple[str, int]] | None:
     return None
 
 
-def seen(probe: Probe, data: bytes) -> bool:
-    """Whether a frame is of this probe, by what every packet of it carries."""
-    return any(mark in data for mark in marks(PROBES.index(probe) + 1))
+def seen(probe: Probe, frame: Frame) -> bool:
+    """Whether a frame is of this probe, by what every packet of it carries.
+
+    A router that masquerades leaves a port as it is, unless somebody else has it.
+    """
+    number = PROBES.index(probe) + 1
+    match frame.body:
+        case Ip(body=Tcp(source_port=port)) if port == PORTS + number:
+            return True
+    return any(mark in frame.data for mark in marks(number))
 
 
 def seen_in_control(probe: Probe, controls: Controls) -> str:
@@ -106,7 +113,7 @@ def seen_in_control(probe: Probe, controls: Controls) -> str:
         if probe.name not in made:
             continue
         if probe.control is Control.WIRE:
-            if any(seen(probe, frame.data) for frame in capture.frames):
+            if any(seen(probe, frame) for frame in capture.frames):
                 return place
         elif probe.control.value == place and made[probe.name].outcome is Outcome.ANSWERED:
             return place

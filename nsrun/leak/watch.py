@@ -41,9 +41,8 @@ class Wires:
 
     @cached_property
     def _verdicts(self) -> list[Verdict]:
-        gateway = (topology.GATEWAY, topology.GATEWAY6)
-        allowed = {"gateway": self.bench.rules(*gateway)}
-        inside = (topology.HOST, topology.HOST6, *gateway)
+        allowed = self.bench.allowed()
+        inside = (topology.HOST, topology.HOST6, topology.GATEWAY, topology.GATEWAY6)
         return [
             judge(wire, one.stop(), allowed.get(wire, ()), inside=inside)
             for wire, one in self.taps.items()

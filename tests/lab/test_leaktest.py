@@ -17,7 +17,7 @@ pytestmark = pytest.mark.lab
 
 
 def leaktest(lab: Lab, *arguments: str) -> tuple[int, dict[str, Any]]:
-    done = lab.do(TTP, "leaktest", "--lab", lab.name, "--json", *arguments, seconds=110)
+    done = lab.do(TTP, "leaktest", "--lab", lab.name, "--json", *arguments, seconds=240)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 

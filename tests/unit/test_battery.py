@@ -13,13 +13,25 @@ from nsrun import ruleset
 from nsrun.address import BLOCKS
 from nsrun.leak import pcap, results
 from nsrun.leak.frames import Frame, decode
-from nsrun.leak.probes import Control, Expect, Needs, Outcome, Probe, World, fuzz, marks, packets
+from nsrun.leak.probes import (
+    PORTS,
+    Control,
+    Expect,
+    Needs,
+    Outcome,
+    Probe,
+    World,
+    fuzz,
+    marks,
+    packets,
+)
 from nsrun.leak.probes.table import PROBES
 from nsrun.leak.results import Made, Result
 from nsrun.leak.verdict import Leak, Value, Verdict
 
 UDP = next(probe for probe in PROBES if probe.name == "udp")
 DNS = next(probe for probe in PROBES if probe.name == "dns-udp")
+LAN = next(probe for probe in PROBES if probe.name == "tcp-lan")
 DOOR = next(probe for probe in PROBES if probe.name == "socket-docker")
 NUMBER = PROBES.index(UDP) + 1
 
@@ -107,6 +119,17 @@ def test_packets_of_nobody_are_a_leak_of_their_own() -> None:
     found = results.assess([UDP], {"udp": Made(Outcome.REFUSED)}, [verdict(frame(b"?"))], SEEN)
     assert [result.value for result in found] == [Value.CONTAINED, Value.LEAK]
     assert results.worst(found) is Value.LEAK
+
+
+def test_the_first_packet_of_a_connection_is_enough() -> None:
+    """Where probes share an address its port tells: no control waits for an answer."""
+    number = PROBES.index(LAN) + 1
+    for port, expected in ((PORTS + number, "gateway"), (PORTS, "")):
+        ends = ("192.168.77.51", "192.168.77.80", port, 80)
+        syn = seen(packets.ipv4(*ends[:2], packets.TCP, packets.tcp(*ends, packets.SYN)))
+        controls = {"gateway": ({LAN.name: Made(Outcome.SILENT)}, capture(syn))}
+        found = one(LAN, Made(Outcome.REFUSED), verdict(), controls=controls)
+        assert found.control == expected
 
 
 def test_a_connection_is_its_probes_from_its_first_packet() -> None:

@@ -19,7 +19,8 @@ from ipaddress import IPv4Address, IPv6Address
 # Each probe has an address of its own in these ranges, and its packets are known by it. They mean
 # nothing outside of a lab, where everybody there answers.
 SITES4, SITES6 = IPv4Address("11.77.0.0"), IPv6Address("2600:114d::")
-SECONDS = 0.3  # to wait for an answer: on the wires of a lab it takes under 0.01
+SECONDS = 0.3  # to wait where silence is expected: on the wires of a lab an answer takes under 0.01
+PORTS = 20000  # and a port of its own: a TCP connection comes from PORTS + its number
 
 
 class Needs(StrEnum):
@@ -92,8 +93,10 @@ class World:
     """Name of an abstract socket in the host's network."""
     outside: int = 0
     """A process of the host's, to be traced and robbed."""
-    patience: float = 10.0
+    patience: float = 30.0
     """Seconds for an answer through Tor, which may have to build a circuit first."""
+    moment: float = 5.0
+    """Seconds for a refusal, which comes at once unless the machine is busy."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class Shot:
 
     world: World
     number: int
+    seconds: float = SECONDS
+    """To wait for what must come: an answer or a refusal."""
 
     @property
     def token(self) -> bytes:
@@ -118,7 +123,9 @@ class Shot:
 
 
 def marks(number: int) -> tuple[bytes, ...]:
-    """One of these is in every packet of the probe ``number``, whatever its headers."""
+    """One of these is in every packet of the probe ``number``, whatever its headers; but for the
+    segments of a TCP connection to an address that probes share, which are known by PORTS.
+    """
     return (b"ttp-leak-%07d" % number, (SITES4 + number).packed, (SITES6 + number).packed)
 
 
@@ -138,10 +145,10 @@ class Probe:
     control: Control = Control.WIRE
 
 
-def attempt(send: Send, shot: Shot) -> tuple[Outcome, str]:
+def attempt(probe: Probe, number: int, world: World) -> tuple[Outcome, str]:
     """Make a probe: what became of it, and the error's own words if there was one."""
     try:
-        return send(shot), ""
+        return probe.send(Shot(world, number, _due(probe, world))), ""
     except TimeoutError:
         return Outcome.SILENT, ""
     except PermissionError as error:
@@ -152,14 +159,21 @@ def attempt(send: Send, shot: Shot) -> tuple[Outcome, str]:
         return Outcome.REFUSED, error.strerror or str(error)
 
 
+def _due(probe: Probe, world: World) -> float:
+    """Seconds to wait: long where an answer or a refusal must come, and behind a guard does."""
+    if probe.expect is Expect.TOR or probe.control is not Control.WIRE:
+        return world.patience
+    return world.moment if probe.expect is Expect.REFUSED else SECONDS
+
+
 def family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def datagram(host: str, port: int, payload: bytes, *, source_port: int = 0) -> Outcome:
+def datagram(shot: Shot, host: str, port: int, payload: bytes, *, source_port: int = 0) -> Outcome:
     """One UDP datagram; waits for an answer or an ICMP error."""
     with socket.socket(family(host), socket.SOCK_DGRAM) as udp:
-        udp.settimeout(SECONDS)
+        udp.settimeout(shot.seconds)
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         if source_port:
             udp.bind(("", source_port))
@@ -179,13 +193,16 @@ def unconnected(host: str, port: int, payload: bytes) -> Outcome:
     return Outcome.ANSWERED
 
 
-def stream(host: str, port: int, payload: bytes, seconds: float = SECONDS) -> Outcome:
+def stream(shot: Shot, host: str, port: int, payload: bytes) -> Outcome:
     """A TCP connection that sends ``payload`` and reads: an empty answer counts as refused.
 
     TransPort accepts a connection before it knows that it cannot be made, and closes it then.
     """
-    with socket.create_connection((host, port), seconds) as tcp:
-        tcp.settimeout(seconds)
+    with socket.socket(family(host), socket.SOCK_STREAM) as tcp:
+        tcp.settimeout(shot.seconds)
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        tcp.bind(("", PORTS + shot.number))
+        tcp.connect((host, port))
         tcp.sendall(payload)
         return Outcome.ANSWERED if tcp.recv(2048) else Outcome.REFUSED
 

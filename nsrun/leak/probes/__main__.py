@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 
-from nsrun.leak.probes import Shot, World, attempt
+from nsrun.leak.probes import World, attempt
 from nsrun.leak.probes.table import PROBES
 
 
@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     world, wanted = World(**json.loads(arguments[0])), set(arguments[1:])
     for number, probe in enumerate(PROBES, 1):
         if not wanted or probe.name in wanted:
-            outcome, why = attempt(probe.send, Shot(world, number))
+            outcome, why = attempt(probe, number, world)
             said = {"name": probe.name, "outcome": outcome, "why": why}
             sys.stdout.write(json.dumps(said) + "\n")
             sys.stdout.flush()

@@ -26,8 +26,8 @@ def _connect(host: str, port: int) -> Send:
     """Knock at a TCP port: answered if it is open and says or takes anything."""
 
     def send(shot: Shot) -> Outcome:
-        with socket.create_connection((getattr(shot.world, host), port), SECONDS) as tcp:
-            tcp.settimeout(SECONDS)
+        with socket.create_connection((getattr(shot.world, host), port), shot.seconds) as tcp:
+            tcp.settimeout(shot.seconds)
             tcp.sendall(shot.token + b"\r\n")
             return Outcome.ANSWERED if tcp.recv(100) else Outcome.REFUSED
 
@@ -35,7 +35,7 @@ def _connect(host: str, port: int) -> Send:
 
 
 def _datagram(host: str, port: int) -> Send:
-    return lambda shot: datagram(getattr(shot.world, host), port, shot.token)
+    return lambda shot: datagram(shot, getattr(shot.world, host), port, shot.token)
 
 
 def _socket(*paths: str) -> Send:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 
 from nsrun.leak.probes import (
     Expect,
@@ -21,22 +22,26 @@ CHAOS = 3
 
 
 def _ask(shot: Shot, server: str, qtype: int = A, qclass: int = 1) -> Outcome:
-    return datagram(server, 53, question(shot, qtype, qclass))
+    return datagram(shot, server, 53, question(shot, qtype, qclass))
 
 
 def _libc(shot: Shot) -> Outcome:
     """Whatever nsswitch.conf says: files, DNS, or a daemon behind a socket."""
     name = f"{shot.token.decode()}.test"
-    try:
-        found = socket.getaddrinfo(name, 80, type=socket.SOCK_STREAM)
-    except socket.gaierror:
-        return Outcome.REFUSED
-    return Outcome.ANSWERED if found else Outcome.REFUSED
+    until = time.monotonic() + shot.seconds
+    while True:
+        try:
+            found = socket.getaddrinfo(name, 80, type=socket.SOCK_STREAM)
+        except socket.gaierror as error:
+            if error.errno != socket.EAI_AGAIN or time.monotonic() > until:
+                return Outcome.REFUSED
+        else:
+            return Outcome.ANSWERED if found else Outcome.REFUSED
 
 
 def _over_tcp(shot: Shot, server: str) -> Outcome:
     query = question(shot)
-    return stream(server, 53, struct.pack(">H", len(query)) + query)
+    return stream(shot, server, 53, struct.pack(">H", len(query)) + query)
 
 
 def _edns(shot: Shot) -> Outcome:
@@ -44,18 +49,18 @@ def _edns(shot: Shot) -> Outcome:
     subnet = struct.pack(">HHHBB", 8, 7, 1, 24, 0) + bytes((1, 2, 3))
     options = struct.pack(">BHHIH", 0, 41, 4096, 0x8000, len(subnet)) + subnet
     query = question(shot)
-    return datagram(shot.world.resolver, 53, query[:10] + b"\0\1" + query[12:] + options)
+    return datagram(shot, shot.world.resolver, 53, query[:10] + b"\0\1" + query[12:] + options)
 
 
 def _malformed(shot: Shot) -> Outcome:
     """A question whose name is a pointer to itself."""
     query = struct.pack(">6H", 7, 0x0100, 1, 0, 0, 0) + b"\xc0\x0c\0\1\0\1"
-    return datagram(shot.site, 53, query + shot.token)
+    return datagram(shot, shot.site, 53, query + shot.token)
 
 
 def _bound(shot: Shot) -> Outcome:
     """From port 53 itself, as a resolver would ask."""
-    return datagram(shot.site, 53, question(shot), source_port=5300 + shot.number % 100)
+    return datagram(shot, shot.site, 53, question(shot), source_port=5300 + shot.number % 100)
 
 
 PROBES = (
@@ -96,9 +101,9 @@ PROBES = (
     Probe("dns-tcp-lan", "DNS over TCP to the LAN's resolver", ("P2", "P5"), Expect.REFUSED,
           lambda shot: _over_tcp(shot, shot.world.lan_resolver)),
     Probe("dns-tls", "DNS over TLS, its port", ("P1",), Expect.NOWHERE,
-          lambda shot: stream(shot.site, 853, shot.token)),
+          lambda shot: stream(shot, shot.site, 853, shot.token)),
     Probe("dns-quic", "DNS over QUIC, its port", ("P3",), Expect.REFUSED,
-          lambda shot: datagram(shot.site, 853, shot.token)),
+          lambda shot: datagram(shot, shot.site, 853, shot.token)),
     Probe("mdns", "multicast DNS", ("P3",), Expect.NOWHERE,
           lambda shot: unconnected("224.0.0.251", 5353, question(shot, suffix="local"))),
     Probe("mdns6", "multicast DNS, IPv6", ("P3",), Expect.NOWHERE,

@@ -10,7 +10,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
-from nsrun.leak.probes import SECONDS, Control, Expect, Needs, Outcome, Probe, Shot, packets
+from nsrun.leak.probes import Control, Expect, Needs, Outcome, Probe, Shot, packets
 from nsrun.leak.probes.packets import (
     ACK,
     BROADCAST_MAC,
@@ -154,7 +154,7 @@ def _echo(to: str) -> Send:
     def send(shot: Shot) -> Outcome:
         target = getattr(shot.world, to)
         with socket.socket(socket.AF_INET, socket.SOCK_RAW, ICMP) as link:
-            link.settimeout(SECONDS)
+            link.settimeout(shot.seconds)
             link.sendto(packets.icmp(8, 0, b"\0\7\0\7" + shot.token), (target, 0))
             while True:
                 answer = link.recv(2048)

@@ -26,14 +26,14 @@ IP_PKTINFO = 8
 
 
 def _web(host: str, shot: Shot, port: int = 80) -> Outcome:
-    return stream(host, port, request(shot), shot.world.patience)
+    return stream(shot, host, port, request(shot))
 
 
 def _fast_open(shot: Shot) -> Outcome:
     """Data in the SYN (RFC 7413), by a call that connects and sends at once."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp:
         # a timeout of Python's would make the socket, and so the call, non-blocking
-        seconds = struct.pack("ll", int(shot.world.patience), 0)
+        seconds = struct.pack("ll", int(shot.seconds), 0)
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             tcp.setsockopt(socket.SOL_SOCKET, option, seconds)
         tcp.sendto(request(shot), MSG_FASTOPEN, (shot.site, 80))
@@ -42,7 +42,7 @@ def _fast_open(shot: Shot) -> Outcome:
 
 def _multipath(shot: Shot) -> Outcome:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP) as tcp:
-        tcp.settimeout(shot.world.patience)
+        tcp.settimeout(shot.seconds)
         tcp.connect((shot.site, 80))
         tcp.sendall(request(shot))
         return Outcome.ANSWERED if tcp.recv(2048) else Outcome.REFUSED
@@ -50,7 +50,7 @@ def _multipath(shot: Shot) -> Outcome:
 
 def _bound_to_device(shot: Shot) -> Outcome:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-        udp.settimeout(SECONDS)
+        udp.settimeout(shot.seconds)
         name = shot.world.interface.encode()
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name)
         udp.connect((shot.site, 7))
@@ -72,7 +72,7 @@ def _chosen_source(shot: Shot) -> Outcome:
 def _low_ttl(shot: Shot) -> Outcome:
     """As traceroute does: who answers that it died tells who is on the way."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-        udp.settimeout(SECONDS)
+        udp.settimeout(shot.seconds)
         udp.setsockopt(socket.SOL_IP, socket.IP_TTL, 2)
         udp.connect((shot.site, 33434))
         udp.send(shot.token)
@@ -82,7 +82,7 @@ def _low_ttl(shot: Shot) -> Outcome:
 
 def _lite(shot: Shot) -> Outcome:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM, IPPROTO_UDPLITE) as udp:
-        udp.settimeout(SECONDS)
+        udp.settimeout(shot.seconds)
         udp.connect((shot.site, 7))
         udp.send(shot.token)
         udp.recv(100)
@@ -127,11 +127,11 @@ def _many_ports(shot: Shot) -> Outcome:
 
 
 def _udp(port: int, payload: bytes = b"") -> Send:
-    return lambda shot: datagram(shot.site, port, payload + shot.token)
+    return lambda shot: datagram(shot, shot.site, port, payload + shot.token)
 
 
 def _udp6(port: int, payload: bytes = b"") -> Send:
-    return lambda shot: datagram(shot.site6, port, payload + shot.token)
+    return lambda shot: datagram(shot, shot.site6, port, payload + shot.token)
 
 
 TCP = (
@@ -142,25 +142,25 @@ TCP = (
     Probe("tcp-fast-open", "TCP with data in the SYN", ("P1",), Expect.TOR, _fast_open),
     Probe("tcp-multipath", "multipath TCP", ("P1",), Expect.TOR, _multipath),
     Probe("tcp-smtp", "TCP to port 25", ("P1",), Expect.NOWHERE,
-          lambda shot: stream(shot.site, 25, shot.token)),
+          lambda shot: stream(shot, shot.site, 25, shot.token)),
     Probe("tcp-nbss", "TCP to port 139", ("P1",), Expect.NOWHERE,
-          lambda shot: stream(shot.site, 139, shot.token)),
+          lambda shot: stream(shot, shot.site, 139, shot.token)),
     Probe("tcp-lan", "TCP to the LAN", ("P5",), Expect.REFUSED,
-          lambda shot: stream(shot.world.lan_web, 80, request(shot))),
+          lambda shot: stream(shot, shot.world.lan_web, 80, request(shot))),
     Probe("tcp-lan6", "TCP to the LAN, IPv6", ("P1",), Expect.NOWHERE,
-          lambda shot: stream(shot.world.lan_web6, 80, request(shot))),
+          lambda shot: stream(shot, shot.world.lan_web6, 80, request(shot))),
     Probe("tcp-metadata", "TCP to the cloud's metadata service", ("P5",), Expect.REFUSED,
-          lambda shot: stream(shot.world.metadata, 80, request(shot))),
+          lambda shot: stream(shot, shot.world.metadata, 80, request(shot))),
     Probe("tcp-router", "TCP to the router", ("P5",), Expect.REFUSED,
-          lambda shot: stream(shot.world.router, 22, request(shot))),
+          lambda shot: stream(shot, shot.world.router, 22, request(shot))),
     Probe("tcp-cgnat", "TCP to a carrier's NAT (100.64/10)", ("P5",), Expect.REFUSED,
-          lambda shot: stream("100.64.0.1", 80, request(shot))),
+          lambda shot: stream(shot, "100.64.0.1", 80, request(shot))),
     Probe("tcp-ula", "TCP to a unique local address", ("P5",), Expect.REFUSED,
-          lambda shot: stream("fd12:3456::1", 80, request(shot))),
+          lambda shot: stream(shot, "fd12:3456::1", 80, request(shot))),
     Probe("tcp-nat64", "TCP by NAT64's prefix", ("P5",), Expect.REFUSED,
-          lambda shot: stream("64:ff9b::c0a8:4d50", 80, request(shot))),
+          lambda shot: stream(shot, "64:ff9b::c0a8:4d50", 80, request(shot))),
     Probe("tcp-class-e", "TCP to a reserved address", ("P5",), Expect.REFUSED,
-          lambda shot: stream("240.0.0.1", 80, request(shot))),
+          lambda shot: stream(shot, "240.0.0.1", 80, request(shot))),
 )  # fmt: skip
 
 UDP = (
@@ -179,18 +179,18 @@ UDP = (
     Probe("udp-dht", "BitTorrent's DHT", ("P3",), Expect.REFUSED, _udp(6881, b"d1:ad2:id20:")),
     Probe("udp-sip", "SIP", ("P3",), Expect.REFUSED, _udp(5060, b"OPTIONS sip:a SIP/2.0\r\n")),
     Probe("udp-large", "UDP in fragments", ("P3",), Expect.REFUSED,
-          lambda shot: datagram(shot.site, 7, shot.token * 4000)),
+          lambda shot: datagram(shot, shot.site, 7, shot.token * 4000)),
     Probe("udp-large-dns", "UDP in fragments, to port 53", ("P2", "P3"), Expect.NOWHERE,
-          lambda shot: datagram(shot.site, 53, shot.token * 4000)),
+          lambda shot: datagram(shot, shot.site, 53, shot.token * 4000)),
     Probe("udp-ports", "UDP to many ports", ("P3",), Expect.NOWHERE, _many_ports),
     Probe("udp-low-ttl", "UDP with a low TTL", ("P3",), Expect.REFUSED, _low_ttl),
     Probe("udp-lite", "UDP-Lite", ("P3",), Expect.REFUSED, _lite),
     Probe("udp-device", "UDP bound to a device", ("P3",), Expect.REFUSED, _bound_to_device),
     Probe("udp-pktinfo", "UDP with a chosen source", ("P3",), Expect.NOWHERE, _chosen_source),
     Probe("udp-lan", "UDP to the LAN", ("P3", "P5"), Expect.REFUSED,
-          lambda shot: datagram(shot.world.lan_web, 9, shot.token)),
+          lambda shot: datagram(shot, shot.world.lan_web, 9, shot.token)),
     Probe("udp-router", "UDP to the router", ("P3", "P5"), Expect.REFUSED,
-          lambda shot: datagram(shot.world.router, 1900, shot.token)),
+          lambda shot: datagram(shot, shot.world.router, 1900, shot.token)),
     Probe("udp-broadcast", "broadcast", ("P3",), Expect.NOWHERE,
           lambda shot: unconnected("255.255.255.255", 9, shot.token)),
     Probe("udp-dhcp", "DHCP discover", ("P3",), Expect.NOWHERE,
