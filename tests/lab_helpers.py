@@ -97,7 +97,7 @@ class Lab:
     def neighbours(self, *ours: str) -> Neighbours:
         """The router and ``ours`` look for each other now and then, whatever is sent."""
         router = (topology.ROUTER, topology.ROUTER6, topology.ROUTER_LINK)
-        return Neighbours(frozenset((*ours, *router, topology.HOST_LINK)))
+        return Neighbours(frozenset((*ours, *router, topology.HOST_LINK)), frozenset(router))
 
     @contextmanager
     def other_gateway(

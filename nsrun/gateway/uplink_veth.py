@@ -70,6 +70,7 @@ class Lab:
             _veth(self.peer, gateway, MTU, self.netns),
             (*there, "addrgenmode", "none"),
             (*there, "master", self.bridge, "up"),
+            (*there, "type", "bridge_slave", "flood", "off"),  # as on the lab's own ports
         )
 
     def addresses(self) -> tuple[Command, ...]:

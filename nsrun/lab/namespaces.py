@@ -106,6 +106,9 @@ def _forward() -> None:
     # a redirect to the metadata service would be one packet more on a wire that is watched
     _set("ipv4/conf/all/send_redirects", 0)
     _set("ipv4/conf/lan0/send_redirects", 0)
+    for family in ("ip", "ip6", "arp"):  # a switch does not translate addresses
+        if Path(f"/proc/sys/net/bridge/bridge-nf-call-{family}tables").exists():
+            _set(f"bridge/bridge-nf-call-{family}tables", 0)
     _command(["nft", "-f", "-"], topology.router_rules())
 
 

@@ -37,6 +37,11 @@ WAN, WAN6 = "11.250.0.2", "2600:11fa::2"  # what the internet sees of the LAN
 # has one as real ones do: pasta asks for it.
 ISP_LINK, WAN_LINK, ROUTER_LINK, HOST_LINK = "fe80::1", "fe80::2", "fe80::1", "fe80::10"
 
+# On the bridge nothing is flooded: what relays still send to a gateway that died is on no wire of
+# others. So it may forget nobody who is silent for long.
+NO_FLOOD = "type bridge_slave flood off"
+DAY = 8_640_000  # hundredths of a second
+
 LAN_PREFIX, LAN_PREFIX6 = "192.168.77.0/24", "2001:db8:77::/64"
 ROUTER, ROUTER6 = "192.168.77.1", "2001:db8:77::1"
 HOST, HOST6 = "192.168.77.10", "2001:db8:77::10"
@@ -145,7 +150,7 @@ def router_links() -> str:
         f"route add default via {ISP}",
         f"route add default via {ISP6}",
         # its own address: else it takes that of a new port, and frames to the old one are flooded
-        "link add lan0 address 02:00:00:00:77:01 type bridge mcast_snooping 0",
+        f"link add lan0 address 02:00:00:00:77:01 type bridge mcast_snooping 0 ageing_time {DAY}",
         "link set lan0 addrgenmode none",
         f"address add {ROUTER}/24 dev lan0",
         f"address add {ROUTER6}/64 dev lan0 nodad",
@@ -157,6 +162,7 @@ def router_links() -> str:
             for line in (
                 f"link add p-{name} type veth peer name eth0 netns {name}",
                 f"link set p-{name} addrgenmode none master lan0 up",
+                f"link set p-{name} {NO_FLOOD}",
             )
         ),
         f"route add {METADATA} dev lan0",

@@ -77,7 +77,7 @@ class Bench:
         ports = {(a, self.lab.or_port) for both in self.lab.relays.values() for a in both}
         return [
             TcpToRelays(frozenset(ours), frozenset(ports)),
-            Neighbours(frozenset((*ours, *neighbours))),
+            Neighbours(frozenset((*ours, *neighbours)), frozenset(NEIGHBOURS)),
         ]
 
     def allowed(self) -> dict[str, Sequence[Rule]]:
@@ -88,8 +88,8 @@ class Bench:
         host = (topology.HOST, topology.HOST6, topology.HOST_LINK)
         return {
             "gateway": self.rules(topology.GATEWAY, topology.GATEWAY6, neighbours=own),
-            "host": [Neighbours(frozenset((*own, *host)))],
-            "lan": [Neighbours(frozenset((*own, *LAN, topology.METADATA)))],
+            "host": [Neighbours(frozenset((*own, *host)), frozenset(NEIGHBOURS))],
+            "lan": [Neighbours(frozenset((*own, *LAN, topology.METADATA)), frozenset(NEIGHBOURS))],
         }
 
     def world(self, known: dict[str, Any], outside: int, **who: str) -> World:

@@ -66,13 +66,19 @@ class TcpToRelays:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """ARP (RFC 826, 5227) and neighbour discovery (RFC 4861, 4862) among these addresses."""
+    """ARP (RFC 826, 5227) and neighbour discovery (RFC 4861, 4862) among these addresses.
+
+    ``routers`` may look for anybody: somebody far away may still speak to a host that has gone.
+    """
 
     addresses: frozenset[str]
+    routers: frozenset[str] = frozenset()
     name: str = "between neighbours"
 
     def covers(self, frame: Frame) -> bool:
         match frame.body:
+            case Arp(operation=1, sender=sender) if sender in self.routers:
+                return _plain(frame)
             case Arp(operation=1 | 2, sender=sender, target=target):
                 known = sender in self.addresses or sender == "0.0.0.0"  # a probe  # noqa: S104
                 return known and target in self.addresses and _plain(frame)
@@ -81,7 +87,11 @@ class Neighbours:
         return False
 
     def _discovers(self, ip: Ip, icmp: Icmp) -> bool:
-        if icmp.version != 6 or icmp.kind not in (135, 136) or icmp.about not in self.addresses:
+        if icmp.version != 6 or icmp.kind not in (135, 136):
+            return False
+        if icmp.kind == 135 and ip.source in self.routers:
+            return ip.target in (icmp.about, _solicited_node(icmp.about))
+        if icmp.about not in self.addresses:
             return False
         receivers = {*self.addresses, "ff02::1", _solicited_node(icmp.about)}
         return (ip.source in self.addresses or ip.source == "::") and ip.target in receivers

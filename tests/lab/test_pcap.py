@@ -94,7 +94,11 @@ def test_signals_and_stops_are_the_commands(lab: Lab) -> None:
     file = lab.home / "signals.pcap"
     script = "trap 'echo told; exit 7' TERM; echo up; while :; do sleep 0.05; done"
     command = lab.command(TTP, "run", "-g", lab.name, "--name", "heard", "--pcap", str(file), "--")
-    with subprocess.Popen([*command, "sh", "-c", script], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [*command, "sh", "-c", script],
+        stdout=subprocess.PIPE,
+        process_group=0,  # signal(7): in an orphaned group, which ours may be, nothing stops
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         listed = json.loads(lab.ttp("ps", "-g", lab.name, "--json").stdout)

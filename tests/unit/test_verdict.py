@@ -26,7 +26,9 @@ TOKEN = "01" * frames.TOKEN_BYTES
 OURS, RELAY = "10.0.0.2", "192.0.2.1"
 ALLOW: tuple[Rule, ...] = (
     TcpToRelays(frozenset({OURS}), frozenset({(RELAY, 9001)})),
-    Neighbours(frozenset({OURS, "10.0.0.1", "fd00::1", "fd00::2"})),
+    Neighbours(
+        frozenset({OURS, "10.0.0.1", "fd00::1", "fd00::2"}), frozenset({"10.0.0.1", "fd00::1"})
+    ),
 )
 LINK = Ethernet("02:00:00:00:00:01", "02:00:00:00:00:02", (), 0x0800)
 HELLO = Ip(4, OURS, RELAY, 64, 6, body=Tcp(4000, 9001, "S"))
@@ -60,6 +62,8 @@ def value(body: Ip | Arp | Marker | None, **around: int) -> Value:
         SOLICIT,
         replace(SOLICIT, source="::"),
         replace(SOLICIT, target="fd00::1", body=Icmp(6, 136, 0, "fd00::2")),
+        Arp(1, LINK.source, "10.0.0.1", "10.0.0.9"),
+        replace(SOLICIT, source="fd00::1", target="fd00::9", body=Icmp(6, 135, 0, "fd00::9")),
     ],
     ids=str,
 )
@@ -83,6 +87,7 @@ def test_what_a_rule_names_is_contained(body: Ip | Arp) -> None:
         Arp(1, LINK.source, OURS, "10.0.0.9"),
         Arp(1, LINK.source, "10.0.0.9", OURS),
         Arp(3, LINK.source, OURS, "10.0.0.1"),
+        Arp(2, LINK.source, "10.0.0.1", "10.0.0.9"),
         replace(SOLICIT, hop_limit=64),
         replace(SOLICIT, extensions=("destination-options",)),
         replace(SOLICIT, fragment=0),
