@@ -92,10 +92,12 @@ def become(
         _check_status_fd(answer["status_fd"], descriptors)
         os.close(descriptors["supervisor"])
         detach.leave(arguments, gateway, answer["status_fd"])
+    outside = 0
     if recorded := answer.get("record"):
         os.close(descriptors["supervisor"])
         from nsrun import parent
 
+        outside = os.getpid()
         files = parent.record(
             recorded, leaver.ready if leaver else -1
         )  # from here on we are a child, who asks again
@@ -117,6 +119,9 @@ def become(
         environment = strict.without_doors(environment, answer["sockets"])
     umask = os.umask(0o022)  # what is made for the command, it must be able to read
     for op in answer["enter"]:
+        if outside and op[0] == "stay_outside":  # which is for us; the command's parent is another
+            parent.die_with(outside)
+            outside = 0
         _perform(op, descriptors, verbose)
     os.umask(umask)
     environment |= answer["environment"]
@@ -125,8 +130,8 @@ def become(
             environment.pop(name, None)
         else:
             environment[name] = value
-    if recorded:
-        parent.die_with_us()
+    if outside:
+        parent.die_with(outside)
     if "status" in answer:
         _tell(answer["status_fd"], answer["status"])
     if leaver:
@@ -210,7 +215,10 @@ def receive(server: _socket.socket) -> tuple[dict[str, Any], dict[str, int]]:
                     show_progress(answer["progress"], answer["summary"])
                 elif "perform" in answer:
                     _perform(answer["perform"], {}, answer["verbose"])
-                    server.sendall(b"\n")
+                    try:
+                        server.sendall(b"\n")
+                    except ConnectionError:
+                        pass  # it has ended, as the next look will tell
                 elif "error" in answer:
                     error = answer["error"]
                     raise RefusedError(error["doing"], error["cause"], error["hint"], error["code"])

@@ -47,12 +47,15 @@ def record(path: str, unneeded: int) -> dict[str, int]:
     return {"pcap": file, "report": recorders.detach()}
 
 
-def die_with_us() -> None:
-    """Let the kernel end the command when its parent is killed, as if the two were one.
+def die_with(parent: int) -> None:
+    """Let the kernel end this process when its ``parent`` is killed, as if the two were one.
 
-    Just before exec: a change of credentials revokes it (PR_SET_PDEATHSIG).
+    Ends at once if it has been killed already. A change of credentials revokes it: call it just
+    before exec, or before a fork after which this process changes no more (PR_SET_PDEATHSIG).
     """
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _open(path: str) -> int:

@@ -35,6 +35,7 @@ TTP = str(ROOT / ".venv" / "bin" / "ttp")
 PROGRAM = (ROOT / "tests" / "probe.py").read_text()  # as text: a user may not reach the file
 PESTER = ("/usr/bin/python3", "-ISc", PROGRAM, "--for")
 ORACLE = "http://check.torproject.org/api/ip"
+GROUP, GUEST = 54300, 54330  # whom root's gateway is for, and one of them
 
 
 def eventually(condition: Callable[[], object], what: str, seconds: float = 10) -> None:
@@ -44,6 +45,19 @@ def eventually(condition: Callable[[], object], what: str, seconds: float = 10) 
         time.sleep(0.005)  # the interval of the poll
 
 
+def never(_moment: Moment) -> bool:
+    return False
+
+
+def become_guest() -> None:
+    """No more than a member of the group; /proc/self is ours again, as after an exec (proc(5))."""
+    os.setgroups([GROUP])
+    os.setresgid(GUEST, GUEST, GUEST)
+    os.setresuid(GUEST, GUEST, GUEST)
+    linux.prctl(linux.PR_SET_DUMPABLE, 1)
+    os.environ["HOME"] = "/"
+
+
 @dataclass
 class Place:
     """The host, and one gateway that dies again and again. ``home`` is for files of ours."""
@@ -51,6 +65,7 @@ class Place:
     spec: GatewaySpec
     home: Path
     cases: list[str] = field(default_factory=list)
+    _clients: int = 0
     host: str = field(default_factory=host_state)
     facts: Facts = field(default_factory=probe_facts)
 
@@ -65,17 +80,31 @@ class Place:
         os.close(request)
         return made
 
-    def client(self, *arguments: str, wanted: Wanted) -> Mortal:
-        """``ttp run`` that stops at every operation by which it becomes the command."""
+    def client(self, *arguments: str, wanted: Wanted = never, guest: bool = False) -> Mortal:
+        """``ttp ARGUMENTS`` that stops at every operation by which it becomes the command.
+
+        A ``guest`` is a user whose group root's gateway is for.
+        """
 
         def main() -> None:
-            sys.argv = ["ttp", "run", "--gateway", self.spec.name, *arguments]
+            if guest:
+                become_guest()
+            sys.argv = ["ttp", *arguments]
             client.main()
 
+        return self.process(main, wanted)
+
+    def process(self, main: Callable[[], object], wanted: Wanted = never) -> Mortal:
+        """Somebody who wants something of the gateway."""
         null = os.open(os.devnull, os.O_RDWR)
-        made = Mortal(main, wanted, self._standard(null, "client"))
+        self._clients += 1
+        made = Mortal(main, wanted, self._standard(null, f"client{self._clients}"))
         os.close(null)
         return made
+
+    def said(self) -> str:
+        """What the last client complained of."""
+        return (self.home / f"client{self._clients}.log").read_text()
 
     def _standard(self, stdin: int, log: str) -> tuple[int, str]:
         return stdin, str(self.home / f"{log}.log")
@@ -97,7 +126,7 @@ class Place:
         ]
 
     @contextmanager
-    def up(self, wanted: Wanted = lambda _: False) -> Iterator[Mortal]:
+    def up(self, wanted: Wanted = never) -> Iterator[Mortal]:
         """A gateway whose Tor has bootstrapped, or is at a wanted moment already."""
         gateway = self.supervisor(wanted)
         try:
@@ -107,6 +136,15 @@ class Place:
         finally:
             gateway.kill()
 
+    def workloads(self) -> list[str]:
+        """Names of those that are given out."""
+        return [workload["name"] for workload in self.ask(do="inspect")["workloads"]]
+
+    def links(self, gateway: Mortal) -> list[str]:
+        """Of the gateway's namespace."""
+        table = Path(spaces(gateway.pid)[0]).parents[1] / "net" / "dev"
+        return [line.split(":")[0].strip() for line in table.read_text().splitlines()[2:]]
+
     def answers(self) -> bool:
         try:
             client.connect(f"{self.spec.runtime}/api").close()
@@ -115,19 +153,16 @@ class Place:
         return True
 
     @contextmanager
-    def busy(self) -> Iterator[int]:
+    def busy(self, *, guest: bool = False) -> Iterator[int]:
         """A workload that pesters every wire: its process id."""
-        command = self.run(*PESTER, "60", name="busy")
-        with (
-            (self.home / "busy.log").open("w") as log,
-            subprocess.Popen(command, stderr=log) as process,
-        ):
-            try:
-                begins = PESTER[0].encode()
-                eventually(lambda: _command_line(process.pid).startswith(begins), "the command")
-                yield process.pid
-            finally:
-                process.kill()
+        command = self.run(*PESTER, "60", name="busy")[1:]
+        process = self.client(*command, guest=guest)
+        try:
+            begins = PESTER[0].encode()
+            eventually(lambda: _command_line(process.pid).startswith(begins), "the command")
+            yield process.pid
+        finally:
+            process.kill()
 
     def squat(self, supervisor: int) -> int:
         """A workload by the real steps, but by hand and at once, that pesters until it is killed.
@@ -207,12 +242,20 @@ class Place:
 
     def works(self) -> None:
         """A command gets through Tor: the gateway is whole."""
+        said = ""
 
         def fetch() -> bool:
+            nonlocal said
             curl = self.run("curl", "-sS", "--max-time", "5", ORACLE)
-            return b'"IsTor":true' in subprocess.run(curl, capture_output=True).stdout
+            done = subprocess.run(curl, capture_output=True, text=True)
+            said = f"{time.strftime('%H:%M:%S')} {done.returncode} {done.stderr}"
+            return '"IsTor":true' in done.stdout
 
-        eventually(fetch, "the gateway to work", 30)
+        try:
+            eventually(fetch, "the gateway to work", 30)
+        except AssertionError as error:
+            error.add_note(said)
+            raise
 
     def recovers(self, gateway: Mortal) -> None:
         """It works again by itself; then it goes down as ever."""
@@ -261,6 +304,16 @@ def part(gateway: int, name: str) -> int | None:
             if not dead(pid) and Path(f"/proc/{pid}/comm").read_text().startswith(names):
                 return pid
     return None
+
+
+def recorders(gateway: int) -> list[int]:
+    """The processes that record a link of a gateway."""
+    found = []
+    for pid in descendants(gateway):
+        with suppress(OSError):
+            if b"nsrun.leak.record" in _command_line(pid) and not dead(pid):
+                found.append(pid)
+    return found
 
 
 def dead(pid: int) -> bool:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -21,20 +20,20 @@ from typing import Any, cast
 
 import stem.control  # noqa: F401  which each supervisor would load, in 70 ms
 
-import nsrun.client
 import nsrun.gateway.__main__
 import nsrun.gateway.supervisor
 from kill_accidents import ACCIDENTS
-from kill_place import PESTER, TTP, Place, dead, descendants, end, eventually, spaces
+from kill_askers import asking
+from kill_enter import enter
+from kill_place import TTP, Place, end, spaces
+from kill_plans import ASKING, ENTERING, NAME
 from mortal import Moment, Wanted, describe
 from nsrun import paths
 from nsrun.address import BLOCKS
-from nsrun.plan import Workload, enter_ops, gateway_steps, workload_steps
-from nsrun.spec import GatewaySpec, LabUplink, RunSpec, Strict
+from nsrun.plan import Workload, gateway_steps, workload_steps
+from nsrun.spec import GatewaySpec, LabUplink
 from nsrun.steps import StartUplink, Step
-from nsrun.user import resolve
 
-NAME = "mortal"
 # where the supervisor finds what a defect exchanges
 PLAN, MAIN = cast("Any", nsrun.gateway.supervisor), cast("Any", nsrun.gateway.__main__)
 PARTS = ("tor", "uplink")
@@ -226,59 +225,6 @@ def given(place: Place) -> None:
     place.nothing_left()
 
 
-def enter(place: Place, *options: str, strict: Strict | None = None) -> None:
-    """Client, supervisor, Tor and uplink, killed at every operation of the client on itself.
-
-    All clients of one gateway stand at an operation each when it is hit.
-    """
-    nested = os.geteuid() != 0
-    spec = RunSpec(("true",), strict=strict)
-    caller, _ = resolve(spec, nsrun.client.caller(), nested)
-    ops = enter_ops(place.spec, place.facts, BLOCKS[0], caller, nested, spec)
-    planned = [str(op[0]) for op in ops]
-
-    def wanted(moment: Moment) -> bool:
-        after = moment.when == "after" and moment.step.startswith(planned[-1])
-        return moment.plan == "enter" and (moment.when == "before" or after)
-
-    for who in ("client", "supervisor", *PARTS):
-        with place.up() as gateway, ExitStack() as stack:
-            clients = []
-            for number in range(len(planned) + 1):
-                clients.append(place.client(*options, "--", *PESTER, "0.3", wanted=wanted))
-                stack.callback(clients[-1].kill)
-                moment = clients[-1].advance(number)
-                assert number == len(planned) or moment.step.split()[0] == planned[number]
-                place.case(who, moment)
-            match who:
-                case "client":
-                    inner = [pid for client in clients for pid in descendants(client.pid)]
-                    for client in clients:
-                        client.kill()
-                    eventually(partial(_all_dead, inner), "the end of all of it")
-                case "supervisor":
-                    place.dies(gateway)
-                case _:
-                    assert place.kill_part(gateway, who)
-            for client in clients:
-                client.free()
-            codes = [os.waitstatus_to_exitcode(client.wait()) for client in clients]
-            match who:
-                case "client":
-                    assert set(codes) == {-9}
-                    eventually(lambda: not place.ask(do="inspect")["workloads"], "their end")
-                case "supervisor":
-                    assert set(codes) <= {0, 125}, codes  # 125: some operations need it
-                case _:
-                    assert set(codes) == {0}, codes
-                    place.recovers(gateway)
-    place.nothing_left()
-
-
-def _all_dead(pids: list[int]) -> bool:
-    return all(map(dead, pids))
-
-
 def _is(moment: Moment, when: str, kind: str) -> bool:
     return moment.when == when and moment.step.startswith(f"{kind} ")
 
@@ -301,6 +247,13 @@ def _rehearse(place: Place, wanted: Wanted) -> list[Moment]:
         gateway.kill()
 
 
+def _enter(name: str, place: Place) -> None:
+    """What Tor and the uplink do at an end does not depend on how the command is entered."""
+    victims = PARTS if name in ("enter", "strict") else ()
+    recorder = ("recorder",) if name.startswith("recorded") else ()
+    enter(place, ENTERING[name], "client", "supervisor", *victims, *recorder)
+
+
 STORIES: dict[str, Callable[[Place], None]] = {
     "start": start,
     "deep": deep,
@@ -308,9 +261,9 @@ STORIES: dict[str, Callable[[Place], None]] = {
     "stop": stop,
     "workload": workload,
     "given": given,
-    "enter": enter,
     **ACCIDENTS,
-    "strict": lambda place: enter(place, "--strict", strict=Strict()),
+    **{name: partial(asking, asker=asker) for name, asker in ASKING.items()},
+    **{name: partial(_enter, name) for name in ENTERING},
 }
 
 

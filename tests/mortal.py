@@ -3,7 +3,8 @@
 A fork of the present process runs the real thing: the supervisor's ``main``, or the client's. Where
 a step is carried out (``Machine.do``, ``enter.perform``) it says so, and waits to be told to go on.
 With ``deep`` it also stops before each program that it starts and each file that it opens to write
-(audit events, PEP 578): the moments inside a step. Everything else is as in production.
+(audit events, PEP 578): the moments inside a step. Of functions that are no plan, but a list of
+statements, each of these is a moment (``lines``). Everything else is as in production.
 """
 
 from __future__ import annotations
@@ -15,22 +16,39 @@ import select
 import signal
 import sys
 import threading
+from ast import parse, stmt, walk
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from inspect import getsource
+from pathlib import Path
+from textwrap import dedent
+from types import CodeType, FrameType
 from typing import Any
 
 from nsrun import enter
 from nsrun.apply import Machine
-from nsrun.steps import DropElements, DropNamespace, RemoveFile, SetElements, Step, StopProcess
+from nsrun.steps import (
+    AttachNamespace,
+    DropElements,
+    DropLink,
+    DropNamespace,
+    OpenNamespace,
+    RemoveFile,
+    SetElements,
+    Step,
+    StopProcess,
+)
 
-UNDO = (DropNamespace, DropElements, RemoveFile, StopProcess)
+UNDO = (DropNamespace, DropElements, DropLink, RemoveFile, StopProcess)
 PATIENCE = 20.0  # seconds for the next moment: a Tor may have to start before it
 
 
 @dataclass(frozen=True)
 class Moment:
-    """``plan``: gateway, workload, refresh, undo, enter or deep; ``when``: before or after."""
+    """``plan``: gateway, workload, guest, plug, option, refresh, undo, enter, deep or line;
+    ``when``: before or after.
+    """
 
     plan: str
     when: str
@@ -53,8 +71,11 @@ class Mortal:
         standard: tuple[int, str],
         *,
         deep: bool = False,
+        lines: tuple[Any, ...] = (),
     ) -> None:
-        """``standard``: a descriptor to be standard input, and a file for what it prints."""
+        """``standard``: a descriptor to be standard input, and a file for what it prints. It stops
+        before each statement of the functions ``lines``.
+        """
         self._reports, report = os.pipe()
         go, self._go = os.pipe()
         sys.stdout.flush()
@@ -62,7 +83,7 @@ class Mortal:
         if self.pid == 0:
             os.close(self._reports)
             os.close(self._go)
-            _live(main, _Stage(report, go, wanted), standard, deep)
+            _live(main, _Stage(report, go, wanted), standard, deep, lines)
         os.close(report)
         os.close(go)
         self.pidfd = os.pidfd_open(self.pid)
@@ -86,6 +107,10 @@ class Mortal:
         """Let it go on from the moment at which it stands."""
         os.write(self._go, b".")
 
+    def stands(self, seconds: float) -> bool:
+        """Whether it comes to a moment, or its end, within so many seconds."""
+        return b"\n" in self._unread or bool(select.select([self._reports], [], [], seconds)[0])
+
     def free(self) -> None:
         """Let it go on, and stop no more."""
         if self.status is None:
@@ -102,9 +127,13 @@ class Mortal:
         return found
 
     def kill(self) -> None:
-        """SIGKILL, wherever it is; no error if it has ended."""
+        """SIGKILL, wherever it is; no error if it has ended.
+
+        A fork of its own that stands in its place goes on, if nobody else ends it.
+        """
         if self.status is None:
             os.kill(self.pid, signal.SIGKILL)
+            self.free()
             self.wait()
 
     def wait(self, seconds: float = PATIENCE) -> int:
@@ -129,9 +158,9 @@ class _Stage:
         self._one = threading.Lock()  # workloads are made in a thread
 
     def at(self, moment: Moment) -> None:
-        if not self.wanted(moment):
-            return
         with self._one:
+            if not self.wanted(moment):
+                return
             line = json.dumps([moment.plan, moment.when, moment.step])
             os.write(self.report, f"{line}\n".encode())
             match os.read(self.go, 1):
@@ -141,7 +170,13 @@ class _Stage:
                     self.wanted = lambda _: False
 
 
-def _live(main: Callable[[], object], stage: _Stage, standard: tuple[int, str], deep: bool) -> None:
+def _live(
+    main: Callable[[], object],
+    stage: _Stage,
+    standard: tuple[int, str],
+    deep: bool,
+    lines: tuple[Any, ...],
+) -> None:
     code = 99
     try:
         output = os.open(standard[1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -153,6 +188,8 @@ def _live(main: Callable[[], object], stage: _Stage, standard: tuple[int, str], 
         _stop_at_operations(stage)
         if deep:
             sys.addaudithook(_Deep(stage))
+        if lines:
+            sys.settrace(_Lines(stage, lines))
         answer = main()
         code = answer if isinstance(answer, int) else 0
     except SystemExit as error:
@@ -187,13 +224,20 @@ def describe(step: Step) -> str:
 
 
 def _plan(machine: Machine, step: Step) -> str:
-    if isinstance(step, UNDO):
-        return "undo"
-    if machine.starters:  # only a gateway has processes
+    match step:
+        case _ if isinstance(step, UNDO):
+            return "undo"
+        case AttachNamespace():
+            machine.__dict__["made_for"] = "guest"
+        case OpenNamespace():
+            machine.__dict__["made_for"] = "plug"
+    if "tor" in machine.starters:
         return "gateway"
+    if "recorder" in machine.starters:  # it may be asked for one
+        return "option"
     if isinstance(step, SetElements) and "workload" not in machine.namespaces:
         return "refresh"  # given out long ago
-    return "workload"
+    return str(machine.__dict__.get("made_for", "workload"))
 
 
 def _stop_at_operations(stage: _Stage) -> None:
@@ -230,3 +274,39 @@ class _Deep:
             return
         if os.getpid() == self._pid:  # and not a fork that is about to be another program
             self._stage.at(Moment("deep", "before", text[:100]))
+
+
+class _Lines:
+    """A trace function (sys.settrace): before each statement of some functions, once each."""
+
+    def __init__(self, stage: _Stage, functions: tuple[Any, ...]) -> None:
+        self._stage = stage
+        self._statements: dict[CodeType, dict[int, str]] = {}
+        for function in functions:
+            self._learn(function.__code__, statements(function))
+
+    def _learn(self, code: CodeType, found: dict[int, str]) -> None:
+        self._statements[code] = found
+        for inner in code.co_consts:
+            if isinstance(inner, CodeType):
+                self._learn(inner, found)
+
+    def __call__(self, frame: FrameType, event: str, _argument: object) -> _Lines | None:
+        if frame.f_code not in self._statements:
+            return None
+        if event == "line" and (text := self._statements[frame.f_code].pop(frame.f_lineno, "")):
+            self._stage.at(Moment("line", "before", f"{frame.f_code.co_name}: {text}"))
+        return self
+
+
+def statements(function: Any) -> dict[int, str]:
+    """The first lines of a function's statements, by their numbers in its file."""
+    code = function.__code__
+    lines = Path(code.co_filename).read_text().splitlines()
+    begin = code.co_firstlineno - 1
+    numbers = {
+        node.lineno + begin
+        for node in walk(parse(dedent(getsource(function))))
+        if isinstance(node, stmt)
+    }
+    return {number: lines[number - 1].strip() for number in numbers}

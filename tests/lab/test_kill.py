@@ -5,8 +5,10 @@
 
 The supervisor, Tor, the uplink and the client are the real ones, on the simulated host of a lab.
 They stop before each step of the plan (tests/mortal.py), are killed there, and what they leave is
-looked at (tests/kill_place.py, kill_stories.py); kill_accidents.py has what else befalls a gateway:
-a crowd, a race, a reboot, somebody who meddles, a full disk. Meanwhile a tap on the host's wire
+looked at (tests/kill_place.py, kill_stories.py; kill_enter.py and kill_askers.py for clients).
+kill_plans.py says whose plans these are; tests/unit/test_kill_matrix.py, that none is left out.
+kill_accidents.py has what else befalls a gateway: a crowd, a race, a reboot, somebody who meddles,
+a full disk. Meanwhile a tap on the host's wire
 allows TCP to relays only. `make torture` goes to every program and file within the steps, too.
 """
 
@@ -21,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from harness import ROOT
+from kill_plans import IN_A_USERS_LAB, STORIES, TORTURE
 from lab_helpers import TTP, Lab
 from nsrun.lab import topology
 from nsrun.leak.verdict import Value, Verdict, as_text, judge
@@ -41,35 +44,6 @@ ON_LAN = {
 
 # who may speak to relays: a bridge also floods what is for a gateway that has just died
 OURS = (topology.HOST, topology.HOST6, ADDRESS, ADDRESS6, topology.GATEWAY, topology.GATEWAY6)
-
-#: story, who tells it, uplink
-STORIES = [
-    *(("start", "root", uplink) for uplink in ("pasta", "slirp4netns", "lab")),
-    ("start", "user", "pasta"),
-    ("deep", "root", "veth"),  # all that it does to the host is within one step
-    *(("parts", "root", uplink) for uplink in ("pasta", "veth")),
-    ("stop", "root", "pasta"),
-    ("workload", "root", "pasta"),
-    ("workload", "user", "pasta"),
-    ("given", "root", "pasta"),
-    *(("enter", who, "pasta") for who in ("root", "sudo", "user")),
-    ("strict", "root", "pasta"),
-    *((story, "root", "pasta") for story in ("crowd", "race", "reboot", "meddling", "full")),
-]
-IN_A_USERS_LAB = [("start", "root", "lab"), ("enter", "root", "pasta")]
-TORTURE = [
-    *(("deep", "root", uplink) for uplink in ("pasta", "slirp4netns", "lab")),
-    *(("deep", "user", uplink) for uplink in ("pasta", "slirp4netns")),
-    *(("parts", "root", uplink) for uplink in ("slirp4netns", "lab")),
-    *((story, "root", "veth") for story in ("stop", "workload", "given", "enter")),
-    *((story, "user", "pasta") for story in ("parts", "stop", "given", "strict")),
-    ("strict", "sudo", "pasta"),
-    *((story, "user", "slirp4netns") for story in ("crowd", "race", "reboot", "meddling")),
-    *(
-        (story, "user", "slirp4netns")
-        for story in ("start", "parts", "stop", "workload", "given", "enter")
-    ),
-]
 
 
 @contextmanager
