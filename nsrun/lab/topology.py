@@ -48,6 +48,7 @@ HOST, HOST6 = "192.168.77.10", "2001:db8:77::10"
 GATEWAY, GATEWAY6 = "192.168.77.50", "2001:db8:77::50"
 RESOLVER, RESOLVER6 = "192.168.77.53", "2001:db8:77::53"
 LAN_WEB, LAN_WEB6 = "192.168.77.80", "2001:db8:77::80"
+NOBODY, NOBODY6 = "192.168.77.99", "2001:db8:77::99"  # free on the LAN, to be claimed
 METADATA = "169.254.169.254"  # where clouds serve a machine's credentials
 
 #: Services that tell a client its address, by their real names.

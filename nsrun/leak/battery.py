@@ -248,10 +248,11 @@ def on_host(
         world = bench.world(
             known,
             outside,
-            gateway=topology.ROUTER,
-            gateway6=topology.ROUTER6,
-            uplink=topology.ROUTER,
-            uplink6=topology.ROUTER6,
+            # a false word about anybody else would be believed on the LAN, and outlive the test
+            gateway=topology.NOBODY,
+            gateway6=topology.NOBODY6,
+            uplink=topology.NOBODY,
+            uplink6=topology.NOBODY6,
             neighbour=topology.LAN_WEB,
             neighbour6=topology.LAN_WEB6,
             own=topology.HOST,

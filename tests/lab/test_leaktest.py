@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lab_helpers import TTP, Lab
+from nsrun.lab import topology
 from nsrun.leak import pcap
 from nsrun.leak.broken import DEFECTS, Defect
 from nsrun.leak.probes.table import PROBES
@@ -33,6 +34,24 @@ def test_every_probe_is_contained_and_its_control_seen(lab: Lab) -> None:
     assert {probe["name"] for probe in found["probes"]} == {probe.name for probe in PROBES}
     assert all(probe["control"] for probe in found["probes"])
     assert {wire["wire"] for wire in found["wires"]} == {"gateway", "host", "lan"}
+
+
+def test_it_tells_no_lie_that_outlives_it(lab: Lab) -> None:
+    """Its ARP is believed on the lab's LAN: gateway, router and host still find each other."""
+    assert leaktest(lab, "arp-*", "frame-mac")[0] == 0
+    tor: Any = lab.gateway()["tor"]
+    gateway = ("nsenter", f"--net=/proc/{tor['pid']}/ns/net")
+    fetch = ("curl", "-sS", f"http://{topology.WEB}/ip")
+    assert lab.do(*lab.inside_argv("host", *fetch)).returncode == 0
+    for place, enter, known in (
+        ("host", (), topology.ROUTER),
+        ("host", gateway, topology.ROUTER),
+        ("router", (), topology.HOST),
+    ):
+        show = lab.inside_argv(place, *enter, "ip", "-j", "-4", "neighbour")
+        macs = {one["dst"]: one.get("lladdr") for one in json.loads(lab.do(*show).stdout)}
+        assert macs[known], "control: it has been looked for"
+        assert "02:00:00:00:00:07" not in macs.values(), (place, macs)
 
 
 @pytest.mark.promise("P12")

@@ -193,13 +193,27 @@ def _vlan(shot: Shot) -> Outcome:
     return _frame(shot, ETHERTYPE_VLAN, inner)
 
 
-def _arp(operation: int, target: str, mac: bytes = BROADCAST_MAC) -> Send:
+def _ask_arp(target: str) -> Send:
+    """Who has this address? It tells the truth about us: who hears it, believes it (RFC 826)."""
+
     def send(shot: Shot) -> Outcome:
         own, other = shot.world.own, getattr(shot.world, target)
-        body = packets.arp(operation, b"\2\0\0\0\0\7", own if operation == 1 else other, other)
-        return _frame(shot, ETHERTYPE_ARP, body + shot.token, target=mac)
+        body = packets.arp(1, _mac(shot.world.interface), own, other)
+        return _frame(shot, ETHERTYPE_ARP, body + shot.token, target=BROADCAST_MAC)
 
     return send
+
+
+def _claim_by_arp(shot: Shot) -> Outcome:
+    gateway = shot.world.gateway
+    body = packets.arp(2, b"\2\0\0\0\0\7", gateway, gateway)
+    return _frame(shot, ETHERTYPE_ARP, body + shot.token, target=BROADCAST_MAC)
+
+
+def _mac(interface: str) -> bytes:
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as link:
+        link.bind((interface, 0))
+        return bytes(link.getsockname()[4])
 
 
 def _raw(
@@ -261,9 +275,9 @@ PROBES = (
     _raw("frame-vlan", "a VLAN tag", _vlan),
     _raw("frame-lldp", "LLDP", lambda s: _frame(s, ETHERTYPE_LLDP, s.token * 4)),
     _raw("frame-unknown", "an unknown ethertype", lambda s: _frame(s, 0x9999, s.token * 4)),
-    _raw("arp-router", "ARP for the router", _arp(1, "router"), "P5"),
-    _raw("arp-uplink", "ARP for the gateway's uplink address", _arp(1, "uplink"), "P5"),
-    _raw("arp-claim", "ARP that claims the gateway's address", _arp(2, "gateway"), "P5"),
+    _raw("arp-router", "ARP for the router", _ask_arp("router"), "P5"),
+    _raw("arp-uplink", "ARP for the gateway's uplink address", _ask_arp("uplink"), "P5"),
+    _raw("arp-claim", "ARP that claims the gateway's address", _claim_by_arp, "P5"),
     _raw("spoof-neighbour", "another workload's address", _spoofed("neighbour"), "P5", "P7"),
     _raw("spoof-neighbour6", "another workload's IPv6 address", _spoofed("neighbour6"), "P5", "P7"),
     _raw("spoof-host", "the host's address", _spoofed("host"), "P5"),
