@@ -99,7 +99,7 @@ def torified(tor_lab: Description, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def wires(tor_lab: Description, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wires]:
     """Taps on every wire outside of the workloads' own links."""
-    from nsrun.leak.battery import Bench
+    from nsrun.leak.bench import Bench
     from nsrun.leak.torified import program
     from nsrun.leak.watch import watch
 

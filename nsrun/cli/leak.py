@@ -18,7 +18,7 @@ from nsrun.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nsrun.leak.battery import Bench
+    from nsrun.leak.bench import Bench
     from nsrun.leak.probes import Probe
     from nsrun.leak.results import Result
     from nsrun.leak.verdict import Verdict
@@ -63,11 +63,12 @@ def leaktest(
     """
     from nsrun.lab import control
     from nsrun.leak import battery, results
-    from nsrun.leak.broken import DEFECTS
+    from nsrun.leak.bench import Bench
+    from nsrun.leak.broken import CARELESS, DEFECTS, Careless
     from nsrun.leak.verdict import Value
 
     probes = _chosen(wanted or ["*"])
-    broken = {one.name: one for one in DEFECTS}
+    broken = {one.name: one for one in (*DEFECTS, *CARELESS)}
     if defect is not None and defect not in broken:
         raise UsageError(f"test the defect {defect}", "there is none", "ttp leaktest --list")
     if list_:
@@ -78,14 +79,17 @@ def leaktest(
         raise UsageError(f"test in the lab {lab}", "it has no gateway", f"ttp lab up {lab}")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ttp-leaktest-") as files:
-        bench = battery.Bench(described, program(), Path(files))
+        bench = Bench(described, program(), Path(files))
         if fuzz:
             _fuzz(bench, fuzz, seed, as_json, pcap)
             return
-        if defect is None:
-            found, verdicts = battery.battery(bench, lab, probes, _say)
-        else:
-            found, verdicts = battery.defective(bench, lab, broken[defect], probes, _say)
+        match broken.get(defect or ""):
+            case None:
+                found, verdicts = battery.battery(bench, lab, probes, _say)
+            case Careless() as one:
+                found, verdicts = battery.careless(bench, lab, one, probes, _say)
+            case one:
+                found, verdicts = battery.defective(bench, lab, one, probes, _say)
     seconds = time.monotonic() - began
     if junit is not None:
         junit.write_text(results.as_junit(found))
@@ -135,12 +139,12 @@ def program() -> str:
 
 
 def _list(probes: Sequence[Probe]) -> None:
-    from nsrun.leak.broken import DEFECTS
+    from nsrun.leak.broken import CARELESS, DEFECTS
 
     for probe in probes:
         print(f"{probe.name:<20} {' '.join(probe.promises):<9} {probe.expect:<12} {probe.title}")
     print()
-    for defect in DEFECTS:
+    for defect in (*DEFECTS, *CARELESS):
         print(f"--defect {defect.name:<16} {defect.title}")
 
 

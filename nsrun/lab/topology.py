@@ -59,6 +59,8 @@ ORACLES = (
     "api.ipify.org",
     "ifconfig.me",
 )
+#: A name whose owner claims to be in the LAN of who asks, as for DNS rebinding.
+REBIND = "rebind.example"
 ORACLE4, ORACLE6 = "api4.my-ip.io", "api6.my-ip.io"
 #: Names under .test that the web server's certificate covers; DNS answers for all of *.test.
 WEB_NAMES = ("test", "www.test", "web.test", "a.test", "b.test", "c.test", "*.web.test")
@@ -239,6 +241,7 @@ def inet_dns() -> str:
         *(f"host-record={name},{WEB},{WEB6}" for name in ORACLES),
         f"host-record={ORACLE4},{WEB}",
         f"host-record={ORACLE6},{WEB6}",
+        f"host-record={REBIND},{LAN_WEB}",
         f"ptr-record={_reverse(WEB)},www.test",
         *(f"ptr-record={_reverse(node.outbound)},{node.name}.test" for node in EXITS),
         'txt-record=test,"lab of ttp"',

@@ -14,102 +14,37 @@ nothing is proven.
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
 
-from nsrun.errors import NsrunError
 from nsrun.lab import topology
-from nsrun.lab.description import Description
 from nsrun.leak import pcap
-from nsrun.leak.broken import OPEN, Defect
-from nsrun.leak.capture import Tap, tap
-from nsrun.leak.field import Found, Order
-from nsrun.leak.probes import SECONDS as SILENCE
-from nsrun.leak.probes import Control, Expect, Needs, Outcome, Probe, World
-from nsrun.leak.results import Controls, Made, Result, assess, seen_in_control
-from nsrun.leak.verdict import Neighbours, Rule, TcpToRelays, Verdict, judge
-from nsrun.ruleset import TRANS_PORT
-
-SECONDS = 240.0  # for all probes of one sender, on a busy machine
-HALF_PATIENCE = 2.0  # seconds for an answer that a defect may or may not let through
-NEIGHBOURS = (topology.ROUTER, topology.ROUTER6, topology.ROUTER_LINK)
-LAN = (topology.RESOLVER, topology.RESOLVER6, topology.LAN_WEB, topology.LAN_WEB6)
-OPEN_LINK = ("192.168.77.51", "2001:db8:77::51")
-DOORS_TCP, DOORS_UDP = (22, 9050, 9051), (7,)
-SOCKETS = (
-    "/run/systemd/resolve/io.systemd.Resolve",
-    "/run/nscd/socket",
-    "/run/avahi-daemon/socket",
-    "/run/dbus/system_bus_socket",
-    "/run/docker.sock",
-    "/run/systemd/private",
+from nsrun.leak.bench import (
+    LAN,
+    NEIGHBOURS,
+    OPEN_LINK,
+    Bench,
+    ask,
+    broken_gateway,
+    bystander,
+    decoys,
+    host_decoys,
+    idle_workload,
+    make,
+    tap_at,
 )
+from nsrun.leak.broken import OPEN, Careless, Defect
+from nsrun.leak.capture import Tap
+from nsrun.leak.probes import SECONDS as SILENCE
+from nsrun.leak.probes import Control, Expect, Needs, Probe, World
+from nsrun.leak.results import Controls, Made, Result, assess, seen_in_control
+from nsrun.leak.verdict import Rule, Verdict, judge
+
+HALF_PATIENCE = 2.0  # seconds for an answer that a defect may or may not let through
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A lab, and how to run something in it. ``inside`` makes a command's prefix from a place."""
-
-    lab: Description
-    ttp: str
-    files: Path
-
-    def inside(self, place: str) -> list[str]:
-        return [self.ttp, "lab", "run", "--lab", self.lab.name, "--in", place, "--"]
-
-    def within(self, netns: str) -> list[str]:
-        """A prefix that leads into any network namespace of the lab, with all power over it."""
-        return [*self.inside("host"), "nsenter", f"--net={netns}", "--"]
-
-    def rules(self, *ours: str, neighbours: tuple[str, ...] = NEIGHBOURS) -> list[Rule]:
-        """What the wire of a gateway with the addresses ``ours`` may carry."""
-        ports = {(a, self.lab.or_port) for both in self.lab.relays.values() for a in both}
-        return [
-            TcpToRelays(frozenset(ours), frozenset(ports)),
-            Neighbours(frozenset((*ours, *neighbours)), frozenset(NEIGHBOURS)),
-        ]
-
-    def allowed(self) -> dict[str, Sequence[Rule]]:
-        """What each wire may carry: of the gateway's, Tor; and of all, that the lab's router and
-        hosts look for each other, and for a gateway that was there.
-        """
-        own = (*NEIGHBOURS, *OPEN_LINK)
-        host = (topology.HOST, topology.HOST6, topology.HOST_LINK)
-        return {
-            "gateway": self.rules(topology.GATEWAY, topology.GATEWAY6, neighbours=own),
-            "host": [Neighbours(frozenset((*own, *host)), frozenset(NEIGHBOURS))],
-            "lan": [Neighbours(frozenset((*own, *LAN, topology.METADATA)), frozenset(NEIGHBOURS))],
-        }
-
-    def world(self, known: dict[str, Any], outside: int, **who: str) -> World:
-        """``known`` is what the gateway's supervisor says of it; empty if it has none."""
-        runtime = known.get("runtime", "/nowhere")
-        return World(
-            control=f"{runtime}/tor/control",
-            api=f"{runtime}/api",
-            outside=outside,
-            resolver=topology.DNS,
-            resolver6=topology.DNS6,
-            lan_resolver=topology.RESOLVER,
-            lan_web=topology.LAN_WEB,
-            lan_web6=topology.LAN_WEB6,
-            metadata=topology.METADATA,
-            router=topology.ROUTER,
-            host=topology.HOST,
-            host6=topology.HOST6,
-            **who,  # type: ignore[arg-type]  # World's other fields have been given
-        )
 
 
 def battery(
@@ -130,6 +65,19 @@ def defective(
     ours = (*OPEN_LINK, topology.GATEWAY, topology.GATEWAY6)
     allowed = bench.rules(*ours, neighbours=(*NEIGHBOURS, *LAN))
     verdicts = [judge("gateway", capture, allowed)]
+    return assess(probes, made, verdicts, _controls(bench, gateway, probes, say)), verdicts
+
+
+def careless(
+    bench: Bench, gateway: str, defect: Careless, probes: Sequence[Probe], say: Say
+) -> tuple[list[Result], list[Verdict]]:
+    """The same in a workload that is entered with ``defect``, which must be found out.
+
+    Raw packets are not of it: these are sent with all power anyway. Raises NsrunError.
+    """
+    probes = [one for one in probes if one.needs is Needs.NOTHING]
+    say(f"a client with a defect: {defect.title}")
+    made, verdicts = guarded(bench, gateway, probes, say, defect)
     return assess(probes, made, verdicts, _controls(bench, gateway, probes, say)), verdicts
 
 
@@ -165,14 +113,15 @@ class Scene:
 @contextmanager
 def scene(bench: Bench, gateway: str) -> Iterator[Scene]:
     """Two workloads behind a gateway of the lab, decoys behind every door, a tap on every wire."""
-    known = _json(bench.ttp, "gateway", "inspect", gateway)
+    known = ask(bench.ttp, "gateway", "inspect", gateway)
     ours = (topology.GATEWAY, topology.GATEWAY6)
     with ExitStack() as stack:
-        workload = stack.enter_context(_workload(bench, gateway, "leaktest"))
-        neighbour = stack.enter_context(_workload(bench, gateway, "neighbour"))
+        workload = stack.enter_context(idle_workload(bench, gateway, "leaktest"))
+        neighbour = stack.enter_context(idle_workload(bench, gateway, "neighbour"))
         for pid in (known["tor"]["pid"], neighbour["pid"]):
-            stack.enter_context(_decoys(bench.within(f"/proc/{pid}/ns/net")))
-        outside = int(stack.enter_context(_host_decoys(bench)))
+            stack.enter_context(decoys(bench.within(f"/proc/{pid}/ns/net")))
+        stack.enter_context(host_decoys(bench))
+        outside = int(stack.enter_context(bystander(bench)))
         world = bench.world(
             known,
             outside,
@@ -190,18 +139,25 @@ def scene(bench: Bench, gateway: str) -> Iterator[Scene]:
             world,
             run=(*bench.inside("host"), bench.ttp, "run", "--gateway", gateway, "--"),
             into=tuple(bench.within(f"/proc/{workload['pid']}/ns/net")),
-            taps={name: stack.enter_context(_tap(bench, place)) for name, place in wires.items()},
+            taps={name: stack.enter_context(tap_at(bench, place)) for name, place in wires.items()},
             allowed=bench.allowed(),
         )
 
 
 def guarded(
-    bench: Bench, gateway: str, probes: Sequence[Probe], say: Say
+    bench: Bench, gateway: str, probes: Sequence[Probe], say: Say, defect: Careless | None = None
 ) -> tuple[dict[str, Made], list[Verdict]]:
-    """Behind the guard: what each sender noticed, and what the wires carried."""
+    """Behind the guard: what each sender noticed, and what the wires carried.
+
+    With ``defect`` the workload of the unprivileged probes has it.
+    """
     with scene(bench, gateway) as here:
         say("behind the guard, as a workload")
-        made = make(here.run, here.world, [one for one in probes if one.needs is Needs.NOTHING])
+        run = here.run
+        if defect:
+            enter = (sys.executable, "-P", "-m", "nsrun.leak.careless", defect.name, gateway)
+            run = (*bench.inside("host"), *enter)
+        made = make(run, here.world, [one for one in probes if one.needs is Needs.NOTHING])
         say("behind the guard, with raw sockets")
         made |= make(here.into, here.world, [one for one in probes if one.needs is Needs.NET_RAW])
         expected = any(one.expect is Expect.TOR for one in probes)
@@ -222,12 +178,12 @@ def open_scene(bench: Bench, defect: Defect) -> Iterator[tuple[World, Sequence[s
     """The like with a gateway that has this defect: the world, the way in, a tap on its wire."""
     name = f"{bench.lab.name[:7]}-bad"
     with ExitStack() as stack:
-        found = stack.enter_context(_field(bench, defect, name))
-        stack.enter_context(_decoys(bench.within(found.gateway_netns), trans=True))
-        stack.enter_context(_decoys(bench.within(found.neighbour_netns)))
-        stack.enter_context(_decoys(bench.inside("router")))
-        stack.enter_context(_host_decoys(bench))
-        wire = stack.enter_context(_tap(bench, ("router", f"gw-{name}")))
+        found = stack.enter_context(broken_gateway(bench, defect, name))
+        stack.enter_context(decoys(bench.within(found.gateway_netns), trans=True))
+        stack.enter_context(decoys(bench.within(found.neighbour_netns)))
+        stack.enter_context(decoys(bench.inside("router")))
+        stack.enter_context(host_decoys(bench))
+        wire = stack.enter_context(tap_at(bench, ("router", f"gw-{name}")))
         who = {key: value for key, value in asdict(found).items() if not key.endswith("netns")}
         link = {"uplink": OPEN_LINK[0], "uplink6": OPEN_LINK[1]}
         world = bench.world({}, 0, **link, **who)
@@ -241,10 +197,11 @@ def on_host(
     bench: Bench, gateway: str, probes: Sequence[Probe], say: Say
 ) -> tuple[dict[str, Made], pcap.Capture]:
     """On the simulated host itself, as its root, without ttp."""
-    known = _json(bench.ttp, "gateway", "inspect", gateway)
+    known = ask(bench.ttp, "gateway", "inspect", gateway)
     with ExitStack() as stack:
-        outside = int(stack.enter_context(_host_decoys(bench)))
-        wire = stack.enter_context(_tap(bench, bench.lab.wires["host"]))
+        stack.enter_context(host_decoys(bench))
+        outside = int(stack.enter_context(bystander(bench)))
+        wire = stack.enter_context(tap_at(bench, bench.lab.wires["host"]))
         world = bench.world(
             known,
             outside,
@@ -275,118 +232,3 @@ def _controls(bench: Bench, gateway: str, probes: Sequence[Probe], say: Say) -> 
 
 
 # -- parts --------------------------------------------------------------------------------
-
-
-def make(prefix: Sequence[str], world: World, probes: Sequence[Probe]) -> dict[str, Made]:
-    """Make ``probes`` where ``prefix`` leads: what each sender noticed. Raises NsrunError."""
-    names = [one.name for one in probes]
-    if not names:
-        return {}
-    python = (sys.executable, "-P", "-m", "nsrun.leak.probes", json.dumps(asdict(world)))
-    done = program(*prefix, *python, *names)
-    lines = [json.loads(line) for line in done.splitlines() if line.startswith("{")]
-    made = {line["name"]: Made(Outcome(line["outcome"]), line["why"]) for line in lines}
-    if missing := set(names) - set(made):
-        raise NsrunError("make every probe", f"no word of {', '.join(sorted(missing)[:5])}")
-    return made
-
-
-@contextmanager
-def _workload(bench: Bench, gateway: str, name: str) -> Iterator[dict[str, Any]]:
-    """A workload that does nothing until the block ends; what ``ttp ps`` says of it."""
-    name = f"{name}-{os.getpid()}"
-    command = [bench.ttp, "run", "--gateway", gateway, "--name", name, "--", "cat"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
-        try:
-            deadline = time.monotonic() + 30
-            while True:
-                found = _json(bench.ttp, "ps", "--gateway", gateway, "--json")
-                if mine := [one for one in found if one["name"] == name]:
-                    yield mine[0]
-                    return
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise NsrunError("start a workload", f"{' '.join(command)} did not start")
-                time.sleep(0.05)  # the interval of the poll
-        finally:
-            process.kill()
-
-
-@contextmanager
-def _helper(command: Sequence[str], doing: str) -> Iterator[str]:
-    """A program that says one line when it is ready, and ends with its standard input."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    try:
-        ready = select.select([process.stdout], [], [], 20)[0]
-        line = process.stdout.readline() if ready else ""
-        if not line:
-            process.kill()
-            words = process.communicate()[1].strip().splitlines()
-            raise NsrunError(doing, words[-1] if words else "it said nothing")
-        yield line
-    finally:
-        try:
-            process.communicate(timeout=20)
-        except (subprocess.TimeoutExpired, ValueError):
-            process.kill()
-            process.wait()
-
-
-def _decoys(prefix: Sequence[str], *more: str, trans: bool = False) -> Any:
-    """Servers at the ports that are knocked at; ``trans``: at TransPort's, too: no Tor."""
-    tcp = (*DOORS_TCP, *((TRANS_PORT,) if trans else ()))
-    ports = ("--tcp", *map(str, tcp), "--udp", *map(str, DOORS_UDP))
-    command = [*prefix, sys.executable, "-P", "-m", "nsrun.leak.decoys", *ports, *more]
-    return _helper(command, "start decoys")
-
-
-def _host_decoys(bench: Bench) -> Any:
-    return _decoys(bench.inside("host"), "--unix", *SOCKETS, "--abstract", "ttp-decoy")
-
-
-@contextmanager
-def _field(bench: Bench, defect: Defect, name: str) -> Iterator[Found]:
-    uplink = {
-        "netns": "/run/netns/router",
-        "bridge": "lan0",
-        "address": f"{OPEN_LINK[0]}/24",
-        "router": topology.ROUTER,
-        "address6": f"{OPEN_LINK[1]}/64",
-        "router6": topology.ROUTER6,
-    }
-    order = json.dumps(asdict(Order(defect.name, name, uplink)))
-    command = [*bench.inside("host"), sys.executable, "-P", "-m", "nsrun.leak.field", order]
-    with _helper(command, f"make a gateway with {defect.title}") as line:
-        yield Found(**json.loads(line))
-
-
-def _tap(bench: Bench, place: tuple[str, str]) -> Any:
-    netns, interface = place
-    return tap(interface, bench.files / f"{interface}.pcap", bench.inside(netns))
-
-
-def _json(*command: str) -> Any:
-    return json.loads(program(*command))
-
-
-def program(*command: str) -> str:
-    """Standard output of a command, to which this package can be imported. Raises NsrunError."""
-    search = os.pathsep.join(
-        filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
-    )
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            env={**os.environ, "PYTHONPATH": search},
-        )
-    except subprocess.TimeoutExpired:
-        raise NsrunError(f"run {' '.join(command[:8])} …", f"no end after {SECONDS:g} s") from None
-    if done.returncode:
-        words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise NsrunError(f"run {' '.join(command[:8])} …", words[-1])
-    return done.stdout

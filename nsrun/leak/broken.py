@@ -1,4 +1,4 @@
-"""Gateways that leak, each as some program in this field does or did. Pure.
+"""Gateways, and clients, that leak, each as some program in this field does or did. Pure.
 
 The battery must turn red on every one of them: that is the proof that it can. ``open`` has no
 guard at all, and is what a probe's control is made in.
@@ -6,15 +6,14 @@ guard at all, and is what a probe's control is made in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nsrun.ruleset import DNS_PORT, TRANS_PORT
 from nsrun.steps import LoadRules, SetSysctl, StartTor, Step
 
 FORWARDING = ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding")
-
-Change = Callable[[Iterable[Step]], Iterable[Step]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,36 @@ class Defect:
         return [*made, LoadRules("gateway", self.rules)]
 
 
+Op = list[Any]
+
+
+@dataclass(frozen=True)
+class Careless:
+    """A defect of how a command is entered: operations (nsrun/enter.py) left out, or done by half.
+
+    ``caught`` are probes that must be found leaking.
+    """
+
+    name: str
+    title: str
+    caught: tuple[str, ...]
+    without: frozenset[str] = frozenset()
+    """Verbs of operations that are left out."""
+    shown: tuple[str, ...] = ()
+    """Entries of /run that are not hidden."""
+
+    def changes(self, ops: Iterable[Op]) -> list[Op]:
+        """What is done instead of ``ops``."""
+        made = []
+        for verb, *arguments in ops:
+            if verb == "hide_run":
+                kept, *rest = arguments
+                made.append([verb, [*kept, *self.shown], *rest])
+            elif verb not in self.without:
+                made.append([verb, *arguments])
+        return made
+
+
 MASQUERADE = """ chain leave {
   type nat hook postrouting priority 100; policy accept;
   oifname "uplink" masquerade
@@ -63,7 +92,8 @@ def _filter(hook: str, policy: str, *rules: str) -> str:
     return f" chain {hook} {{\n  {head}\n{body} }}\n"
 
 
-_DNS = f'iifname "w*" udp dport 53 redirect to :{DNS_PORT}'
+_PORT_53 = f"udp dport 53 redirect to :{DNS_PORT}"
+_DNS = f'iifname "w*" {_PORT_53}'
 _TCP = f'iifname "w*" meta l4proto tcp redirect to :{TRANS_PORT}'
 _SYN = f'iifname "w*" tcp flags syn / fin,syn,rst,ack redirect to :{TRANS_PORT}'
 _LAN = 'iifname "w*" ip daddr { 10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, 169.254.0.0/16 } accept'
@@ -148,9 +178,47 @@ DEFECTS = (
         ("neighbour-tcp", "neighbour-udp"),
     ),
     Defect(
+        "resolv-conf",
+        "resolv.conf alone leads to Tor, as torctl: other resolvers are asked in clear",
+        _table(_nat(f'iifname "w*" fib daddr type local {_PORT_53}', _TCP)),
+        ("dns-udp", "dns-udp6", "dns-site", "dns-lan", "dns-router"),
+    ),
+    Defect(
         "flushed",
         "somebody ran nft flush ruleset where forwarding was on",
         "flush ruleset\n",
         ("udp", "tcp", "icmp-echo", "dns-lan"),
+    ),
+)
+
+USERS = frozenset({"new_user", "new_users"})
+
+CARELESS = (
+    Careless(
+        "host-sockets",
+        "/run left as it is, as oniux and orjail: daemons outside are asked by their sockets",
+        ("socket-resolved", "socket-nscd", "socket-dbus", "socket-docker", "socket-systemd"),
+        shown=("systemd", "nscd", "avahi-daemon", "dbus", "docker.sock"),
+    ),
+    Careless(
+        "capabilities",
+        "capabilities kept, in the namespace's own user namespace: it changes its network",
+        (
+            *("power-raw", "power-packet", "power-address", "power-rules", "power-sysctl"),
+            *("power-mount", "power-setns"),
+        ),
+        without=USERS | {"drop_capabilities", "read_only"},
+    ),
+    Careless(
+        "same-user",
+        "no user namespace of its own: what else this user runs, outside, is looked into",
+        ("power-walk",),
+        without=USERS,
+    ),
+    Careless(
+        "privileges",
+        "no_new_privs and the filter of system calls left out: setuid programs, io_uring",
+        ("power-gain", "power-ring", "power-key"),
+        without=frozenset({"no_new_privileges", "filter_calls"}),
     ),
 )

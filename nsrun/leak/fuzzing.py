@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from nsrun.errors import NsrunError
-from nsrun.leak.battery import Bench, Say, make, open_scene, program, scene
+from nsrun.leak.battery import Say, open_scene, scene
+from nsrun.leak.bench import Bench, make, program
 from nsrun.leak.broken import OPEN
 from nsrun.leak.probes import Outcome, World
 from nsrun.leak.probes.table import PROBES

@@ -6,7 +6,6 @@ it sent on its own link and Tor would not have carried, see ``nsrun/leak/attempt
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,8 +17,9 @@ from pathlib import Path
 from nsrun.address import AddressBlock
 from nsrun.errors import UsageError
 from nsrun.lab import topology
-from nsrun.leak import battery, pcap
+from nsrun.leak import pcap
 from nsrun.leak.attempts import Allowed, Attempt, block_of, examine, sent
+from nsrun.leak.bench import Bench, ask
 from nsrun.leak.capture import Tap, tap
 from nsrun.leak.frames import PROTOCOLS, Frame, Ip
 from nsrun.leak.torified import Record, Torified, program
@@ -32,7 +32,7 @@ SHOWN = 20  # attempts of one command
 class Wires:
     """Taps on every wire of a lab but the internet's, from when it was made to ``judge()``."""
 
-    bench: battery.Bench
+    bench: Bench
     taps: dict[str, Tap]
 
     def judge(self) -> Sequence[Verdict]:
@@ -50,7 +50,7 @@ class Wires:
 
 
 @contextmanager
-def watch(bench: battery.Bench) -> Iterator[Wires]:
+def watch(bench: Bench) -> Iterator[Wires]:
     """Watch every wire of the lab. Raises NsrunError when one cannot be."""
     with ExitStack() as stack:
         yield Wires(
@@ -84,7 +84,7 @@ class Sent:
 
 def addresses(gateway: str) -> AddressBlock:
     """Those inside a gateway that is up. Raises NsrunError."""
-    known = json.loads(battery.program(program(), "gateway", "inspect", gateway))
+    known = ask(program(), "gateway", "inspect", gateway)
     return block_of(known["address"][0])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import platform
 import socket
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,8 @@ RTM_NEWADDR, NLM_F_REQUEST, NLM_F_ACK = 20, 1, 4
 NFNL_SUBSYS_NFTABLES = 10
 PIDFD_OPEN_NUMBER, PIDFD_GETFD_NUMBER = 434, 438
 IO_URING_SETUP_NUMBER = 425
+REQUEST_KEY_NUMBERS = {"x86_64": 249, "aarch64": 218, "riscv64": 218, "ppc64le": 270}
+PR_GET_NO_NEW_PRIVS = 39
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -170,6 +174,23 @@ def _ring(_shot: Shot) -> Outcome:
     return Outcome.ANSWERED
 
 
+def _gain(_shot: Shot) -> Outcome:
+    """Whether programs may give us more than we have, by setuid or file capabilities (prctl(2))."""
+    gained = _call(_LIBC.prctl, PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0)
+    return Outcome.REFUSED if gained else Outcome.ANSWERED
+
+
+def _key(_shot: Shot) -> Outcome:
+    """Ask the kernel for a key: of type dns_resolver, a helper outside looks up a name for it."""
+    number = REQUEST_KEY_NUMBERS.get(platform.machine(), -1)
+    try:
+        _call(_LIBC.syscall, number, b"user", b"ttp", None, 0)
+    except OSError as error:
+        if error.errno != errno.ENOKEY:  # it has been looked for
+            raise
+    return Outcome.ANSWERED
+
+
 def _netlink(family: int, kind: int, body: bytes, flags: int = 0) -> None:
     """Send one request; raises what the kernel answers."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, family) as link:
@@ -242,4 +263,6 @@ PROBES = (
     _door("power-packet", "a packet socket", _packet_socket, "P3", Control.HOST),
     _door("power-mount", "a mount", _mount, "P10", Control.HOST),
     _door("power-ring", "io_uring", _ring, "P10", Control.HOST),
+    _door("power-gain", "privileges of setuid programs", _gain, "P10", Control.HOST),
+    _door("power-key", "a key, which a helper outside may look for", _key, "P6", Control.HOST),
 )  # fmt: skip

@@ -39,6 +39,19 @@ def _libc(shot: Shot) -> Outcome:
             return Outcome.ANSWERED if found else Outcome.REFUSED
 
 
+def _special(shot: Shot, suffix: str) -> Outcome:
+    """A name below one that Tor keeps to itself."""
+    return datagram(shot, shot.site, 53, question(shot, suffix=suffix))
+
+
+def _private_ptr(shot: Shot) -> Outcome:
+    """Whose address in the LAN is this? No exit may hear it; the packet's target is the token."""
+    labels = ("80", "77", "168", "192", "in-addr", "arpa")
+    name = b"".join(bytes((len(label),)) + label.encode() for label in labels) + b"\0"
+    query = struct.pack(">6H", shot.number & 0xFFFF, 0x0100, 1, 0, 0, 0) + name
+    return datagram(shot, shot.site, 53, query + struct.pack(">2H", PTR, 1))
+
+
 def _over_tcp(shot: Shot, server: str) -> Outcome:
     query = question(shot)
     return stream(shot, server, 53, struct.pack(">H", len(query)) + query)
@@ -81,6 +94,9 @@ PROBES = (
           lambda shot: _ask(shot, shot.site, AAAA)),
     Probe("dns-ptr", "DNS, PTR", ("P2",), Expect.TOR,
           lambda shot: _ask(shot, shot.site, PTR)),
+    Probe("dns-ptr-private", "DNS, PTR of a private address", ("P2",), Expect.TOR, _private_ptr),
+    Probe("dns-exit", "a name in .exit", ("P2",), Expect.TOR,
+          lambda shot: _special(shot, "exit")),
     Probe("dns-txt", "DNS, TXT", ("P2",), Expect.TOR,
           lambda shot: _ask(shot, shot.site, TXT)),
     Probe("dns-mx", "DNS, MX", ("P2",), Expect.TOR,
