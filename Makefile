@@ -19,7 +19,7 @@ help:
 demo: setup ## boot the lab, run curl through it, show exit address, IsTor and leak verdict
 	@$(bin)/python bench/demo.py
 
-test: lint everyday ## run every test; as a user, those that need root go through sudo
+test: lint everyday docker ## run every test; as a user, those that need root go through sudo
 	@$(as_root)
 	$(call pytest) || { echo 'once more, and alone, what failed on a machine that was busy'; $(again); }
 
@@ -58,9 +58,12 @@ setup:
 everyday:
 	@.ci/setup everyday
 
+docker:
+	@.ci/setup docker
+
 lint: setup
 	$(bin)/ruff format --check
 	$(bin)/ruff check
 	$(bin)/mypy
 
-.PHONY: help demo test check stories lab torture bench golden clean install setup everyday lint
+.PHONY: help demo test check stories lab torture bench golden clean install setup everyday docker lint

@@ -1,10 +1,207 @@
-"""``ttp docker``: containers behind Tor."""
+"""``ttp docker``: containers behind Tor, by the docker that is there."""
 
 from __future__ import annotations
 
+import os
+import secrets
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
-from nsrun.cli import driver
+from nsrun.cli import driver, output, settings
+from nsrun.cli.run import Gateway, Isolate, Name, NoIpv6, Timeout
+from nsrun.errors import AbsentError, UsageError
+from nsrun.spec import NAME, Plug, RunSpec
 
-app = typer.Typer(help="Containers behind Tor.")
+if TYPE_CHECKING:
+    from nsrun.containers.engine import Engine
+    from nsrun.containers.options import Wanted
+
+app = typer.Typer(help="Containers behind Tor, by the docker that is there.")
 app.add_typer(driver.app, name="driver")
+
+PULL = "outside of Tor, docker pull {}; or ttp docker run -- --pull missing …"
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="-- [OPTIONS OF DOCKER] IMAGE [COMMAND]…", show_default=False),
+    ],
+    gateway: Gateway = "default",
+    name: Name = None,
+    no_ipv6: NoIpv6 = False,
+    bootstrap_timeout: Timeout = 180.0,
+    isolate: Isolate = "workload",
+) -> None:
+    """Run a container behind Tor, as `docker run` does, whose options stand after `--`.
+
+    Its network is ready, and was looked at from inside, before its first process starts. Options
+    that would break a promise are refused. No image is pulled, but with --pull.
+    """
+    from nsrun.containers import holders, options
+
+    wanted = options.parse(arguments)
+    engine = _engine()
+    spec = RunSpec(
+        ("docker", "run", wanted.image, *wanted.command),
+        gateway,
+        name or _name(wanted),
+        ipv6=not no_ipv6,
+        isolate=isolate,
+        bootstrap_timeout=bootstrap_timeout,
+    )
+    _check(engine, wanted)
+    with ExitStack() as undo:
+        holder = _hold(engine, wanted, spec, undo)
+        command = engine.command(
+            *("run", "--network", f"{holders.JOINS}{holder}", "--cap-drop", "NET_RAW"),
+            *("--label", f"{holders.WORKLOAD}={spec.name}", "--pull", wanted.pull or "never"),
+            *(*wanted.kept, "--", wanted.image, *wanted.command),
+        )
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # ignored by Python; inherited through exec
+            signal.signal(number, signal.SIG_DFL)
+        os.execv(command[0], command)
+
+
+@app.command()
+def ps(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the containers behind Tor, with their workloads and identities."""
+    from nsrun.containers import pods
+
+    found = pods.found(_engine())
+    if as_json:
+        output.as_json(found)
+        return
+    heads = ("CONTAINER", "IMAGE", "STATUS", "WORKLOAD", "GATEWAY", "IDENTITY")
+    output.table(heads, [tuple(one[head.lower()] for head in heads) for one in found])
+
+
+@app.command("attach-network")
+def attach_network(
+    container: Annotated[str, typer.Argument(metavar="CONTAINER", help="Its name or id.")],
+    gateway: Gateway = "default",
+    name: Name = None,
+    no_ipv6: NoIpv6 = False,
+    bootstrap_timeout: Timeout = 180.0,
+    isolate: Isolate = "workload",
+) -> None:
+    """Put a running container behind Tor: one on the network none, or whose gateway has gone.
+
+    Until it is restarted, as that gives it a new network, with nothing in it.
+    """
+    from nsrun.containers import doors, holders, options
+
+    engine = _engine()
+    made = engine.inspect(container)
+    limits = made["HostConfig"]
+    held = next((one for one in holders.found(engine) if one.holds(limits["NetworkMode"])), None)
+    if held is None and limits["NetworkMode"] != "none":
+        cause = f"its network is {limits['NetworkMode']}"
+        raise UsageError(f"attach {container}", cause, "docker run --network none …")
+    options.check_made(limits)
+    binds = [mount["Source"] for mount in made["Mounts"] if mount["Type"] == "bind"]
+    doors.check(binds, _root(engine))
+    chosen = name or (held.workload if held else made["Name"].removeprefix("/"))
+    spec = RunSpec(
+        ("docker", "attach-network", container),
+        gateway,
+        chosen,
+        ipv6=not no_ipv6,
+        isolate=isolate,
+        bootstrap_timeout=bootstrap_timeout,
+    )
+    _plug(engine, held.id if held else made["Id"], spec, _ready(spec), pinned=held is not None)
+
+
+def _engine() -> Engine:
+    """The daemon, and no holder left behind."""
+    from nsrun.containers import holders
+    from nsrun.containers.engine import Engine
+
+    engine = Engine()
+    holders.sweep(engine)
+    return engine
+
+
+def _name(wanted: Wanted) -> str:
+    """That of the container, if it can be a workload's; else the image's, and some digits."""
+    if NAME.fullmatch(wanted.name):
+        return wanted.name
+    image = PurePosixPath(wanted.image.partition("@")[0]).name.partition(":")[0]
+    stem = "".join(letter for letter in image if letter.isalnum())[:20] or "container"
+    return f"{stem}-{secrets.token_hex(2)}"
+
+
+def _root(engine: Engine) -> str:
+    with engine.doing("ask the docker daemon"):
+        return str(engine.api.info()["DockerRootDir"])
+
+
+def _check(engine: Engine, wanted: Wanted) -> None:
+    """Refuse what the daemon would do in the clear, or cannot do. Raises NsrunError."""
+    from nsrun.containers import doors
+    from nsrun.containers.options import LOG_DRIVERS
+
+    with engine.doing("ask the docker daemon"):
+        about = engine.api.info()
+    doors.check(wanted.binds, about["DockerRootDir"])
+    driver = wanted.log_driver or about["LoggingDriver"]
+    if driver not in LOG_DRIVERS:
+        cause = f"the daemon sends what containers print to elsewhere (log driver {driver})"
+        raise UsageError("run a container", cause, "ttp docker run -- --log-driver local …")
+    if wanted.pull not in ("", "never"):
+        print("ttp: the daemon pulls images by the host's network, outside of Tor", file=sys.stderr)
+    elif not engine.has(wanted.image):
+        doing, cause = f"run the image {wanted.image}", "it is not on this machine"
+        raise UsageError(doing, cause, PULL.format(wanted.image))
+
+
+def _hold(engine: Engine, wanted: Wanted, spec: RunSpec, undo: ExitStack) -> str:
+    """A holder whose network is behind Tor; ``undo`` removes it. Raises NsrunError."""
+    from nsrun.containers import holders, keeper
+
+    resolver = _ready(spec)
+    holder = holders.create(engine, wanted, spec.gateway, str(spec.name), resolver)
+    undo.callback(holders.remove, engine, holder)
+    _plug(engine, holder, spec, resolver, pinned=True)
+    keeper.start(engine)
+    return holder
+
+
+def _plug(engine: Engine, container: str, spec: RunSpec, resolver: str, *, pinned: bool) -> None:
+    """Plug a link into a container's network, and look at it. Raises NsrunError."""
+    from nsrun.containers import inside
+    from nsrun.gateway import control
+
+    network, pid = engine.network(container)
+    try:
+        told = control.plug(network, spec, Plug(), pid)
+        try:
+            inside.verify(network, pid, told["address"], resolver, ipv6=spec.ipv6, pinned=pinned)
+        except BaseException:
+            control.unplug(spec.gateway, str(spec.name))
+            raise
+    finally:
+        os.close(network)
+
+
+def _ready(spec: RunSpec) -> str:
+    """The address of the gateway, once its Tor is ready; it is started on demand."""
+    from nsrun.cli.gateway import on_demand
+    from nsrun.gateway import control
+
+    wait = {"do": "wait", "timeout": spec.bootstrap_timeout}
+    try:
+        control.ask(spec.gateway, wait)
+    except AbsentError:
+        with control.start(on_demand(spec.gateway, settings.here())):
+            control.ask(spec.gateway, wait)
+    return str(control.ask(spec.gateway, {"do": "inspect"})["address"][0])

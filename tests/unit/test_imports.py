@@ -24,6 +24,8 @@ PURE = (
     "nsrun.seccomp",
     "nsrun.prompt",
     "nsrun.containers.driver",
+    "nsrun.containers.options",
+    "nsrun.containers.pause",
     "nsrun.lab.description",
     "nsrun.lab.topology",
     "nsrun.lab.torrcs",
@@ -36,7 +38,7 @@ PURE = (
 )
 # Of the standard library, what cannot touch the outside.
 PURE_LIBRARY = """
-__future__ abc base64 binascii bisect collections dataclasses enum functools hashlib heapq
+__future__ abc base64 binascii bisect collections csv dataclasses enum functools hashlib heapq
 ipaddress itertools json math operator re shlex string struct textwrap types typing
 datetime.UTC datetime.datetime datetime.timedelta
 pathlib.PurePath pathlib.PurePosixPath

@@ -1,0 +1,42 @@
+"""A lab of root's with a dockerd on its simulated host, for all tests of containers."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from docker_host import Dockerd, dockerd
+from lab_helpers import Lab
+
+
+@pytest.fixture(scope="session")
+def docker_lab(as_root: list[str]) -> Iterator[Lab]:
+    """A lab with its gateway, whose host has a daemon."""
+    name = f"d{os.getpid() % 100000}"
+    with tempfile.TemporaryDirectory(prefix="ttp-docker-") as home:
+        lab = Lab(name, "root", tuple(as_root), Path(home))
+        up = lab.ttp("lab", "up", name)
+        assert up.returncode == 0, up.stderr
+        try:
+            yield lab
+        finally:
+            down = lab.ttp("lab", "down", name)
+            assert down.returncode == 0, down.stderr
+
+
+@pytest.fixture(scope="session")
+def daemon(docker_lab: Lab) -> Iterator[Dockerd]:
+    with dockerd(docker_lab, docker_lab.home) as found:
+        yield found
+
+
+@pytest.fixture
+def engine(daemon: Dockerd) -> Iterator[Dockerd]:
+    """The daemon, without a container before the test, and after it."""
+    daemon.clear()
+    yield daemon
+    daemon.clear()

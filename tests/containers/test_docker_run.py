@@ -1,0 +1,301 @@
+"""``ttp docker run``: as docker run, behind Tor, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+
+import pytest
+
+from docker_host import IMAGE, Dockerd
+from lab_helpers import PLAIN_ORACLE, TTP
+from nsrun.containers.options import FLAGS, SHORT, VALUES
+from town import eventually
+
+pytestmark = [pytest.mark.root, pytest.mark.lab]
+
+
+def is_tor(engine: Dockerd, text: str) -> bool:
+    found = json.loads(text)
+    return bool(found["IsTor"]) and found["IP"] in engine.lab.exits()
+
+
+def asks_oracle(engine: Dockerd, *options: str) -> subprocess.CompletedProcess[str]:
+    return engine.run("--rm", *options, IMAGE, "curl", "-sS", PLAIN_ORACLE)
+
+
+@pytest.mark.promise("P1", "P2")
+def test_a_container_comes_from_an_exit(engine: Dockerd) -> None:
+    """And without ttp, on Docker's own bridge, from the lab's host."""
+    done = asks_oracle(engine)
+    assert done.returncode == 0, done.stderr
+    assert is_tor(engine, done.stdout)
+    bare = engine.docker("run", "--rm", IMAGE, "curl", "-sS", PLAIN_ORACLE)  # control
+    assert json.loads(bare.stdout)["IsTor"] is False
+
+
+@pytest.mark.promise("P8")
+def test_nothing_is_left_of_it(engine: Dockerd) -> None:
+    """Neither container nor holder, nor workload, nor keeper."""
+    engine.run("--rm", IMAGE, "true")
+    eventually(lambda: not engine.containers(), "the holder to go")
+    eventually(lambda: not engine.workloads(), "the workload to end")
+    eventually(lambda: not keepers(engine), "its keeper to end")
+
+
+def keepers(engine: Dockerd) -> list[int]:
+    """Processes that keep this daemon's holders."""
+    return [pid for pid in _python() if f"DOCKER_HOST={engine.host}" in _read(pid, "environ")]
+
+
+def _python() -> list[int]:
+    every = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [pid for pid in every if "nsrun.containers.keeper" in _read(pid, "cmdline")]
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        with open(f"/proc/{pid}/{name}") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [(("sh", "-c", "exit 42"), 42), (("true",), 0), (("nosuchcommand",), 127), (("/etc",), 126)],
+)
+def test_exit_codes_are_those_of_docker(
+    engine: Dockerd, command: tuple[str, ...], code: int
+) -> None:
+    assert engine.run("--rm", IMAGE, *command).returncode == code
+    assert engine.docker("run", "--rm", IMAGE, *command).returncode == code  # control
+
+
+def test_what_is_typed_and_set_gets_there(engine: Dockerd) -> None:
+    """Standard input, variables, a volume, a name, a host name, an entry of /etc/hosts."""
+    words = (
+        *("--rm", "-i", "-e", "A=b c", "-v", "kept:/kept", "--name", "one", "-h", "box"),
+        *("--add-host", "db.test:192.0.2.7", "--entrypoint", "sh", IMAGE, "-c"),
+        'cat; echo "$A"; echo x >/kept/x; hostname; getent ahostsv4 db.test',
+    )
+    command = (TTP, "docker", "run", "-g", engine.lab.name, "--", *words)
+    done = subprocess.run(
+        command,
+        input="typed\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=engine.environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:3] == ["typed", "b c", "box"]
+    assert "192.0.2.7" in done.stdout
+    engine.docker("volume", "rm", "kept")
+
+
+def test_a_terminal_is_one(engine: Dockerd) -> None:
+    """With -it: docker itself holds it, as ttp has become docker."""
+    master, slave = pty.openpty()
+    words = ("--rm", "-it", IMAGE, "sh", "-c", "tty; read x; echo got $x")
+    command = (TTP, "docker", "run", "-g", engine.lab.name, "--", *words)
+    with subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=engine.environment
+    ) as process:
+        os.close(slave)
+        said = ""
+        while "got" not in said.replace("echo got", ""):
+            assert select.select([master], [], [], 60)[0], said
+            said += os.read(master, 1000).decode()
+            if "/dev/pts/" in said and "typed" not in said:
+                os.write(master, b"typed\n")
+        assert process.wait(30) == 0
+    os.close(master)
+    assert "got typed" in said
+
+
+def test_a_signal_reaches_the_command(engine: Dockerd) -> None:
+    """TERM to ttp, which is docker by then, is proxied to the container."""
+    script = "trap 'echo told; exit 3' TERM; echo ready; while :; do sleep 0.1; done"
+    command = (TTP, "docker", "run", "-g", engine.lab.name, "--", "--rm", IMAGE, "sh", "-c", script)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=engine.environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == "told\n"
+        assert process.wait(30) == 3
+
+
+@pytest.mark.promise("P7")
+def test_a_detached_one_is_listed_and_renewed(engine: Dockerd) -> None:
+    """`ttp docker ps`, `ttp ps`, `ttp refresh`, `ttp kill`: a workload like others."""
+    for name in ("one", "two"):
+        assert engine.run("-d", "--name", name, IMAGE, "sleep", "100").returncode == 0
+    table = engine.do(TTP, "docker", "ps").stdout
+    assert re.search(rf"^one +{IMAGE} +Up .*{engine.lab.name} +10\.64\.", table, re.MULTILINE)
+    listed = json.loads(engine.do(TTP, "docker", "ps", "--json").stdout)
+    identities = {one["container"]: one["identity"] for one in listed}
+    assert identities["one"] != identities["two"]
+    assert engine.lab.about("refresh", "one").returncode == 0
+    renewed = json.loads(engine.do(TTP, "docker", "ps", "--json").stdout)
+    after = {one["container"]: one["identity"] for one in renewed}
+    assert after["one"] != identities["one"]
+    assert after["two"] == identities["two"]
+    assert engine.lab.about("kill", "-s", "KILL", "one").returncode == 0
+    eventually(lambda: engine.workloads() == ["two"], "the workload to end")
+
+
+def test_a_restarted_one_keeps_its_network(engine: Dockerd) -> None:
+    """By --restart, and by docker restart: the holder stays, and so does the identity."""
+    script = "echo started; curl -sS http://check.torproject.org/api/ip; sleep 1; exit 1"
+    engine.run("-d", "--restart", "on-failure:1", "--name", "again", IMAGE, "sh", "-c", script)
+    eventually(
+        lambda: engine.docker("logs", "again").stdout.count('"IsTor":true') == 2, "two runs", 40
+    )
+    engine.docker("restart", "-t", "0", "again")
+    eventually(
+        lambda: engine.docker("logs", "again").stdout.count('"IsTor":true') == 3, "one more", 40
+    )
+    engine.docker("rm", "-f", "again")
+    eventually(lambda: not engine.containers(), "the holder to go")
+
+
+@pytest.mark.promise("P4")
+def test_it_cannot_start_without_its_holder(engine: Dockerd) -> None:
+    """Who removes the holder gets a container that docker refuses to start."""
+    engine.run("-d", "--name", "orphan", IMAGE, "sleep", "100")
+    engine.docker("rm", "-f", "ttp-orphan")
+    done = engine.docker("restart", "-t", "0", "orphan")
+    assert done.returncode != 0
+    assert "No such container" in done.stderr
+
+
+@pytest.mark.promise("P6", "P10")
+@pytest.mark.parametrize("options", [("-it", "--privileged"), ("-v", "/var/run/docker.sock:/s")])
+def test_what_would_break_a_promise_is_refused_by_name(
+    engine: Dockerd, options: tuple[str, ...]
+) -> None:
+    """One line with the option, exit code 125 as docker's own, nothing made."""
+    done = engine.run("--rm", *options, IMAGE, "true")
+    assert done.returncode == 125
+    said = done.stderr.splitlines()
+    assert said[0].startswith("ttp: cannot "), said
+    assert len(said) <= 2, said
+    assert not engine.containers()
+    assert not engine.workloads()
+
+
+def test_every_option_of_docker_is_known(engine: Dockerd) -> None:
+    """Whether it takes a value, as docker's own help says: else an image is taken for a value."""
+    text = engine.docker("run", "--help").stdout
+    found = re.findall(r"^ {2,6}(?:-(\w), )?--([\w-]+)(?: (\w+))? {2,}", text, re.MULTILINE)
+    assert len(found) > 80
+    for short, name, kind in found:
+        if name != "help":
+            assert name in (VALUES if kind else FLAGS), name
+            assert SHORT.get(short, name) == name
+
+
+@pytest.mark.promise("P11")
+def test_no_image_is_pulled_without_being_asked_for(engine: Dockerd) -> None:
+    """A pull is the daemon's, by the host's network: it is said, and must be wanted."""
+    done = engine.run("--rm", "nosuch/image", "true")
+    assert done.returncode == 125
+    assert "not on this machine" in done.stderr
+    assert "outside of Tor" in done.stderr
+    assert not engine.containers()
+    asked = engine.run("--rm", "--pull", "missing", "nosuch.test/image", "true")
+    assert "outside of Tor" in asked.stderr.splitlines()[0]
+    eventually(lambda: not engine.containers(), "the holder to go")
+
+
+@pytest.mark.promise("P8")
+def test_after_a_kill_nothing_stays(engine: Dockerd) -> None:
+    """kill -9 of ttp with a holder made and no container yet, and of the keeper."""
+    command = (TTP, "docker", "run", "-g", engine.lab.name, "--", "--rm", IMAGE, "sleep", "100")
+    with subprocess.Popen(command, env=engine.environment, stderr=subprocess.DEVNULL) as process:
+        eventually(engine.containers, "a holder", 30)
+        process.kill()
+    for pid in keepers(engine):
+        os.kill(pid, signal.SIGKILL)
+    if IMAGE in engine.docker("ps", "--format", "{{.Image}}").stdout:
+        engine.clear()  # it was quicker than we: the container is docker's
+    engine.do(TTP, "docker", "ps")
+    assert not engine.containers()
+    eventually(lambda: not engine.workloads(), "the workload to end")
+
+
+def test_a_failure_leaves_no_holder(engine: Dockerd) -> None:
+    """A name that is taken, by a container or by a workload; no gateway; no daemon."""
+    assert engine.run("-d", "--name", "taken", IMAGE, "sleep", "100").returncode == 0
+    before = sorted(engine.containers())
+    again = engine.run("-d", "--name", "taken", IMAGE, "true")
+    assert again.returncode == 125
+    assert "ttp-taken" in again.stderr
+    other = engine.run("--rm", IMAGE, "true", options=("--name", "taken"))
+    assert other.returncode == 125
+    assert sorted(engine.containers()) == before
+    words = ("docker", "run", "--", "--rm", IMAGE, "true")
+    none = subprocess.run(
+        [TTP, *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**engine.environment, "DOCKER_HOST": "unix:///nonexistent/docker.sock"},
+    )
+    assert none.returncode == 125
+    assert none.stderr.splitlines()[0] == (
+        "ttp: cannot ask the docker daemon: there is no /nonexistent/docker.sock"
+    )
+    elsewhere = subprocess.run(
+        [TTP, *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**engine.environment, "DOCKER_HOST": "tcp://192.0.2.1:2375"},
+    )
+    assert "is another machine's" in elsewhere.stderr
+
+
+@pytest.mark.promise("P1", "P12")
+def test_a_running_container_is_attached(engine: Dockerd) -> None:
+    """One on the network none; one on a bridge is not, nor one that has a link already."""
+    engine.docker("run", "-d", "--network", "none", "--name", "lone", IMAGE, "sleep", "100")
+    engine.docker("run", "-d", "--name", "bridged", IMAGE, "sleep", "100")
+    attach = (TTP, "docker", "attach-network", "-g", engine.lab.name)
+    done = engine.do(*attach, "lone")
+    assert done.returncode == 0, done.stderr
+    asked = engine.docker("exec", "lone", "curl", "-sS", PLAIN_ORACLE)
+    assert is_tor(engine, asked.stdout)
+    assert "lone" in engine.do(TTP, "docker", "ps").stdout
+    assert "its network is default" in engine.do(*attach, "bridged").stderr
+    assert "has links already" in engine.do(*attach, "lone", "--name", "other").stderr
+    assert "No such container" in engine.do(*attach, "nobody").stderr
+    engine.docker("restart", "-t", "0", "lone")  # a new network, with nothing in it
+    failed = engine.docker("exec", "lone", "curl", "-sS", "-m", "5", "http://11.200.0.80/")
+    assert failed.returncode != 0
+
+
+@pytest.mark.promise("P2", "P3", "P5")
+def test_inside_there_is_nothing_but_the_link(engine: Dockerd) -> None:
+    """One link, one resolver, no raw socket, and nothing of the lab's LAN in reach."""
+    script = (
+        "ls /sys/class/net; cat /etc/resolv.conf; "
+        "curl -sS -m 5 http://192.168.77.80/ && echo LAN; "
+        "python3 -c 'import socket; socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)'"
+    )
+    done = engine.run("--rm", IMAGE, "sh", "-c", script)
+    lines = done.stdout.split()
+    assert lines[:2] == ["eth0", "lo"]
+    assert lines[2] == "nameserver"
+    assert "LAN" not in lines
+    assert "PermissionError" in done.stderr
+    lan = engine.docker("run", "--rm", IMAGE, "curl", "-sS", "http://192.168.77.80/")
+    assert "LAN web server" in lan.stdout  # control
