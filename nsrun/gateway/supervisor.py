@@ -24,7 +24,7 @@ from nsrun import __version__, facts, paths, ruleset
 from nsrun.address import choose_block
 from nsrun.apply import Machine, apply
 from nsrun.errors import NsrunError
-from nsrun.gateway import uplink
+from nsrun.gateway import roaming, uplink
 from nsrun.gateway.requests import Parse, Requests, listen
 from nsrun.gateway.tor import Progress, Tor, learn_control
 from nsrun.gateway.workloads import Workloads, gone_links, link_monitor
@@ -36,6 +36,7 @@ from nsrun.steps import StartTor, StartUplink
 log = logging.getLogger(__name__)
 
 RETRY = 2.0  # seconds until a part that could not be started again is tried once more
+SETTLE = 1.0  # seconds in which addresses and routes of the host change together
 REST = 0.01  # seconds before the stock is filled up: a command that just started needs the CPU
 
 Tell = Callable[[dict[str, Any]], None]
@@ -66,6 +67,8 @@ class Supervisor:
         self._starter, self._deserted = starter, False
         self._dead: dict[str, StartTor | StartUplink] = {}
         self._retry: asyncio.TimerHandle | None = None
+        self._place = ""
+        self._look: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
@@ -83,9 +86,11 @@ class Supervisor:
     async def _serve(self, server: socket.socket) -> None:
         gateway = self.machine.namespaces["gateway"]
         self.workloads = Workloads(gateway, Workload(self.block, 2))
-        monitor = link_monitor(gateway)
+        monitor, network = link_monitor(gateway), roaming.monitor()
         self._loop.add_reader(monitor, self._links_changed, monitor)
+        self._loop.add_reader(network, self._network_changed, network)
         self._check_uplink()  # it may have gone before anybody was listening
+        self._look_around()
         accepting = asyncio.ensure_future(self._requests.accept(server))
         idle = asyncio.ensure_future(self._watch_idle())
         if self._starter is not None:  # of a pipe's writing end, an error is all there is to read
@@ -98,8 +103,9 @@ class Supervisor:
             for task in (accepting, idle):
                 task.cancel()
             server.close()  # who comes now is not to wait for us to end, but to start another one
-            self._loop.remove_reader(monitor)
-            monitor.close()
+            for heard in (monitor, network):
+                self._loop.remove_reader(heard)
+                heard.close()
             self.workloads.close()
 
     # -- what keeps the gateway whole ------------------------------------------------------------
@@ -118,6 +124,7 @@ class Supervisor:
     def _start_uplink(self, step: StartTor | StartUplink) -> uplink.Running:
         assert isinstance(step, StartUplink)
         gateway = self.machine.namespaces["gateway"]
+        self._place = roaming.place()
         self.uplink = uplink.choose(step.candidates, self.spec.name, gateway, self.log_path)
         if self.uplink.pidfd is not None:
             self._loop.add_reader(self.uplink.pidfd, self._uplink_died, step)
@@ -181,6 +188,24 @@ class Supervisor:
     def _check_uplink(self) -> None:
         """Of a helper's end we hear otherwise; but a link can be deleted, and some have none."""
         if "uplink" not in self._dead and self.uplink is not None and self.uplink.gone:
+            self._uplink_died(StartUplink(self.spec.uplinks))
+
+    def _network_changed(self, network: socket.socket) -> None:
+        roaming.drain(network)
+        if self._look is None:
+            self._look = self._loop.call_later(SETTLE, self._look_around)
+
+    def _look_around(self) -> None:
+        """In another network Tor's connections lead nowhere, and an uplink may be of no use.
+
+        That of a lab's gateway is none of the host's.
+        """
+        self._look = None
+        before, now = self._place, roaming.place()
+        self._place = now or before
+        outside = self.uplink is None or self.uplink.kind != "lab"
+        if outside and roaming.moved(before, now):
+            log.info("the host is in another network")
             self._uplink_died(StartUplink(self.spec.uplinks))
 
     async def _watch_idle(self) -> None:

@@ -142,8 +142,10 @@ class Tor:
             self._controller._event_notice = _Told()  # noqa: SLF001  there is no other way
             self._controller.authenticate()
             self.version = str(self._controller.get_info("version"))
-            for kind in (EventType.STATUS_CLIENT, EventType.STATUS_GENERAL):
-                self._controller.add_event_listener(self._on_status, kind)
+            # at once: an event of the first kind, told while stem asks for a second one and Tor
+            # dies, would have each of its threads wait for another
+            kinds = (EventType.STATUS_CLIENT, EventType.STATUS_GENERAL)
+            self._controller.add_event_listener(self._on_status, *kinds)
             phase = str(self._controller.get_info("status/bootstrap-phase"))
             self._update(_pairs(phase))
         except (ControllerError, AuthenticationFailure) as error:

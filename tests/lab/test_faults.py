@@ -70,12 +70,12 @@ def traffic(lab: Lab, name: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def judged(lab: Lab) -> Iterator[None]:
+def judged(lab: Lab, *others: str) -> Iterator[None]:
+    """``others``: addresses that the host has as well."""
     with lab.tap("router", "p-host") as host:
         yield
-        verdict = judge(
-            "host", host.stop(), lab.rules(topology.HOST, topology.HOST6), expect_some=True
-        )
+        rules = lab.rules(topology.HOST, topology.HOST6, *others)
+        verdict = judge("host", host.stop(), rules, expect_some=True)
     assert verdict.value is Value.CONTAINED, as_text([verdict])
 
 
@@ -111,6 +111,39 @@ def test_the_uplink_dies_and_comes_back(lab: Lab) -> None:
         done = fetch(lab, name)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["IsTor"] is True
+
+
+def readdress(lab: Lab, old: str, new: str) -> None:
+    """The host leaves a network and joins another one, as by DHCP."""
+    commands = (
+        f"address delete {old}/24 dev eth0",
+        f"address add {new}/24 dev eth0",
+        f"route replace default via {topology.ROUTER}",
+    )
+    for command in commands:
+        done = lab.do(*lab.inside_argv("host", "ip", *command.split()))
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.promise("P4")
+def test_the_host_moves_to_another_network(lab: Lab) -> None:
+    """Tor's connections lead nowhere, and it would not know for minutes: it starts anew at once."""
+    elsewhere = "192.168.77.12"
+    with judged(lab, elsewhere), lab.other_gateway("pasta") as name, traffic(lab, name) as process:
+        before = inspect(lab, name)["tor"]
+        assert isinstance(before, dict)
+        readdress(lab, topology.HOST, elsewhere)
+        try:
+
+            def revived() -> bool:
+                tor = inspect(lab, name)["tor"]
+                return isinstance(tor, dict) and tor["pid"] != before["pid"]
+
+            eventually(revived, "another Tor", 10)
+            assert json.loads(fetch(lab, name).stdout)["IsTor"] is True
+            assert process.poll() is None
+        finally:
+            readdress(lab, elsewhere, topology.HOST)
 
 
 @pytest.mark.promise("P4", "P8")
