@@ -26,6 +26,9 @@ class Peer:
 
     pid: int
 
+    def lives(self) -> bool:
+        return Path(f"/proc/{self.pid}").exists()
+
     def look(self, sandbox: str = "") -> Engine:
         """What is found now; of the container whose network namespace is, or will be, there."""
         return Engine(self._version(), self._resolvers(), self.links(sandbox) or ())

@@ -132,6 +132,7 @@ class Driver:
     def _status(self) -> dict[str, Any]:
         """For each container that has joined, the links in it: it should have one."""
         state = self._state
+        engine = self._engine if self._engine.lives() else Peer(os.getpid())
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -141,7 +142,7 @@ class Driver:
                     "name": driver.workload(key),
                     "network": one.network,
                     "address": one.address,
-                    "links": self._engine.links(one.sandbox),
+                    "links": engine.links(one.sandbox),
                 }
                 for key, one in state.endpoints.items()
                 if one.sandbox
