@@ -101,6 +101,7 @@ class Client:
         finally:
             waiting.cancel()
             gone.cancel()
+            await asyncio.wait({waiting, gone})  # else its end takes the next one's reader away
 
     async def say(self, byte: bytes) -> None:
         await self._loop.sock_sendall(self._connection, byte)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from lab_helpers import PLAIN_ORACLE, TTP, Lab
+from nsrun.client import PATIENCE
 from nsrun.lab import topology
 from nsrun.leak.verdict import Value, as_text, judge
 from probe import TOKEN
@@ -93,6 +94,17 @@ def test_tor_dies_and_comes_back(lab: Lab) -> None:
 
         eventually(revived, "another Tor", 30)
         assert json.loads(fetch(lab, name).stdout)["IsTor"] is True
+
+
+def test_commands_that_come_while_tor_is_started_again_wait(lab: Lab) -> None:
+    """And run as soon as it is ready."""
+    for _ in range(3):
+        tor = lab.gateway()["tor"]
+        assert isinstance(tor, dict)
+        kill(lab, tor["pid"])
+        begin = time.monotonic()
+        assert lab.run("true").returncode == 0
+        assert time.monotonic() - begin < PATIENCE  # after which the supervisor is given up
 
 
 @pytest.mark.promise("P4")
