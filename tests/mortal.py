@@ -9,6 +9,7 @@ statements, each of these is a moment (``lines``). Everything else is as in prod
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -16,7 +17,6 @@ import select
 import signal
 import sys
 import threading
-from ast import parse, stmt, walk
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -300,13 +300,16 @@ class _Lines:
 
 
 def statements(function: Any) -> dict[int, str]:
-    """The first lines of a function's statements, by their numbers in its file."""
+    """The first lines of a function's simple statements that call something, by their numbers in
+    its file: others have no effect outside.
+    """
     code = function.__code__
     lines = Path(code.co_filename).read_text().splitlines()
     begin = code.co_firstlineno - 1
     numbers = {
         node.lineno + begin
-        for node in walk(parse(dedent(getsource(function))))
-        if isinstance(node, stmt)
+        for node in ast.walk(ast.parse(dedent(getsource(function))))
+        if isinstance(node, ast.Expr | ast.Assign | ast.Return | ast.Assert)
+        and any(isinstance(part, ast.Call) for part in ast.walk(node))
     }
     return {number: lines[number - 1].strip() for number in numbers}

@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
@@ -61,6 +61,13 @@ def up(name: str, progress: Progress, *, gateway: bool = True, onion: bool = Fal
     Raises UsageError when the lab is up already, and NsrunError when it does not come up; then
     nothing of it remains.
     """
+    with prepared(name, gateway=gateway, onion=onion) as (order, file):
+        return _start(order, file, progress)
+
+
+@contextmanager
+def prepared(name: str, *, gateway: bool, onion: bool) -> Iterator[tuple[Order, IO[str]]]:
+    """What a holder is told, and the lock that it inherits. Raises UsageError if it is held."""
     started = time.time()
     directory = _directory(name)
     for parent in (Path(paths.runtime()), _labs(), directory):
@@ -86,7 +93,7 @@ def up(name: str, progress: Progress, *, gateway: bool = True, onion: bool = Fal
             ca_bundle=next((path for path in SYSTEM_BUNDLES if os.access(path, os.R_OK)), ""),
             started=started,
         )
-        return _start(order, file, progress)
+        yield order, file
 
 
 def down(name: str) -> None:

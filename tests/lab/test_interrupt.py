@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from harness import ROOT
 from kill_place import dead, descendants
 from lab_helpers import TTP, Lab
 from town import eventually
@@ -124,9 +125,8 @@ def cleared(lab: Lab, name: str) -> Iterator[None]:
 
 @pytest.mark.promise("P8")
 @pytest.mark.parametrize("stage", BOOT)
-@pytest.mark.parametrize("who", ["starter", "holder"])
-def test_death_while_a_lab_boots(lab: Lab, stage: str, who: str) -> None:
-    """Ctrl-C of who starts it, kill -9 of its holder: no process of it is left, and no file."""
+def test_ctrl_c_while_a_lab_boots(lab: Lab, stage: str) -> None:
+    """No process of it is left, and no file."""
     name = f"{lab.name}b"
     up = lab.command("env", "--default-signal=INT", TTP, "lab", "up", name)
     with cleared(lab, name):
@@ -134,17 +134,51 @@ def test_death_while_a_lab_boots(lab: Lab, stage: str, who: str) -> None:
             await_line(process, stage)
             holder = next(pid for pid in descendants(process.pid) if _is_holder(pid))
             inside = [holder, *descendants(holder)]
-            if who == "starter":
-                hit(process, signal.SIGINT)
-            else:
-                os.kill(holder, signal.SIGKILL)
-                said = process.communicate(timeout=30)[1]
-                assert process.returncode == 1, said
-                assert f"ttp: cannot start the lab {name}: " in said
-                assert "Traceback" not in said
+            hit(process, signal.SIGINT)
         eventually(lambda: all(map(dead, inside)), "the end of its programs")
         down = lab.ttp("lab", "down", name)
         assert (down.returncode, "there is none" in down.stderr) == (2, True), down.stderr
+
+
+@pytest.mark.promise("P8")
+def test_a_starter_tells_of_a_holder_that_was_killed(lab: Lab) -> None:
+    """While it boots: one line, and nothing is left."""
+    name = f"{lab.name}b"
+    with cleared(lab, name), begun(lab.command(TTP, "lab", "up", name)) as process:
+        await_line(process, BOOT[1])
+        holder = next(pid for pid in descendants(process.pid) if _is_holder(pid))
+        os.kill(holder, signal.SIGKILL)
+        said = process.communicate(timeout=30)[1]
+        assert process.returncode == 1, said
+        assert f"ttp: cannot start the lab {name}: " in said
+        assert "Traceback" not in said
+
+
+def kill_lab(lab: Lab, story: str) -> None:
+    """Tell one of tests/kill_lab.py's, as the lab's user."""
+    python, program = Path(TTP).with_name("python"), ROOT / "tests" / "kill_lab.py"
+    done = lab.do(str(python), str(program), f"{lab.name}k", story, seconds=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) > 3
+
+
+@pytest.mark.promise("P8")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("story", ["boot", "end"])
+def test_death_at_every_statement_of_a_lab(lab: Lab, story: str) -> None:
+    """Kill -9 of its holder while it boots, of who ends it: the next command clears up."""
+    if lab.who == "root":
+        kill_lab(lab, story)
+
+
+@pytest.mark.torture
+@pytest.mark.promise("P8")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("story", ["boot", "end", "ending"])
+def test_death_at_every_other_statement_of_a_lab(lab: Lab, story: str) -> None:
+    """The same of a user's, and of a holder that ends its programs."""
+    if lab.who == "user" or story == "ending":
+        kill_lab(lab, story)
 
 
 def _is_holder(pid: int) -> bool:
