@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from docker_host import Dockerd, dockerd
+from driver_host import Host, create
 from lab_helpers import Lab
 
 
@@ -40,3 +41,24 @@ def engine(daemon: Dockerd) -> Iterator[Dockerd]:
     daemon.clear()
     yield daemon
     daemon.clear()
+
+
+@pytest.fixture(scope="module")
+def driven(daemon: Dockerd) -> Iterator[Host]:
+    """The driver, and a network of its own, ``tor``."""
+    host = Host(daemon)
+    host.start_driver()
+    try:
+        host.docker(*create(daemon.lab), "tor")
+        host.docker("network", "create", "plain")
+        yield host
+        host.docker("network", "rm", "tor", "plain")
+    finally:
+        host.stop_driver()
+
+
+@pytest.fixture
+def docker(driven: Host, engine: Dockerd) -> Host:
+    """The host without a container, before the test and after it."""
+    assert engine is driven.dockerd
+    return driven
