@@ -87,9 +87,9 @@ def become(
 
     answer, descriptors = receive(server)
     if "detach" in answer:
-        from nsrun import detach
+        from nsrun import detach, status
 
-        _check_status_fd(answer["status_fd"], descriptors)
+        status.check(answer["status_fd"], descriptors.values())
         os.close(descriptors["supervisor"])
         detach.leave(arguments, gateway, answer["status_fd"])
     outside = 0
@@ -98,32 +98,31 @@ def become(
         from nsrun import parent
 
         outside = os.getpid()
-        files = parent.record(
-            recorded, leaver.ready if leaver else -1
-        )  # from here on we are a child, who asks again
+        # from here on we are a child, who asks again
+        files = parent.record(recorded, leaver.ready if leaver else -1)
         answer, descriptors = receive(send(reach(gateway), request, files))
     if warning := answer["warning"]:
         complain("ttp: {}\nhint: {}\n".format(*warning))
     if "status" in answer:
-        _check_status_fd(answer["status_fd"], descriptors)
+        from nsrun import status
+
+        status.check(answer["status_fd"], descriptors.values())
     if leaver:
         leaver.name(gateway, answer["name"], answer["owner"], answer["status"])
     verbose = answer["verbose"]
     environment = _environment()  # now: later /proc/self is not ours to read
-    changes = _changes(answer["env"], environment) if "env" in answer else ()
+    changes: list[tuple[str, str | None]] = []
+    if "env" in answer:
+        from nsrun.environment import asked
+
+        changes = asked(answer["env"]["files"], answer["env"]["settings"], environment)
     for effect in answer["effects"] if verbose else ():
         echo(effect)
     if "sockets" in answer:  # of a strict command, those that it may use
         from nsrun import strict
 
         environment = strict.without_doors(environment, answer["sockets"])
-    umask = os.umask(0o022)  # what is made for the command, it must be able to read
-    for op in answer["enter"]:
-        if outside and op[0] == "stay_outside":  # which is for us; the command's parent is another
-            parent.die_with(outside)
-            outside = 0
-        _perform(op, descriptors, verbose)
-    os.umask(umask)
+    outside = _enter(answer["enter"], descriptors, verbose, outside)
     environment |= answer["environment"]
     for name, value in changes:
         if value is None:
@@ -133,7 +132,7 @@ def become(
     if outside:
         parent.die_with(outside)
     if "status" in answer:
-        _tell(answer["status_fd"], answer["status"])
+        status.tell(answer["status_fd"], answer["status"])
     if leaver:
         leaver.begin()
     _exec(answer["command"], environment)
@@ -304,6 +303,20 @@ def show_progress(percent: int, summary: str) -> None:
         os.write(2, f"\r\033[Kttp: Tor {percent:3} % {visible(summary)}{end}".encode())
 
 
+def _enter(ops: list[list[Any]], descriptors: dict[str, int], verbose: bool, outside: int) -> int:
+    """Perform ``ops``. Returns whom the command must die with: ``outside``, if it is its parent."""
+    umask = os.umask(0o022)  # what is made for the command, it must be able to read
+    for op in ops:
+        if outside and op[0] == "stay_outside":  # which is for us; the command's parent is another
+            from nsrun import parent
+
+            parent.die_with(outside)
+            outside = 0
+        _perform(op, descriptors, verbose)
+    os.umask(umask)
+    return outside
+
+
 def _perform(op: list[Any], descriptors: dict[str, int], verbose: bool) -> None:
     from nsrun import enter
 
@@ -450,44 +463,6 @@ def _environment() -> dict[str, str]:
             if b"LC_CTYPE=" not in original.read():
                 del environment["LC_CTYPE"]
     return environment
-
-
-def _changes(asked: dict[str, list[str]], ours: dict[str, str]) -> list[tuple[str, str | None]]:
-    """What ``--env-file`` and ``--env`` change; read while the files can still be reached."""
-    from nsrun.environment import changes
-
-    try:
-        return list(changes(asked["files"], asked["settings"], ours))
-    except OSError as error:
-        fail(RefusedError(f"read {error.filename}", str(error.strerror), "", RUN_FAILED))
-    except ValueError as error:
-        hint = "a line is NAME=VALUE, NAME or a # comment"
-        fail(RefusedError("take variables from a file", str(error), hint, RUN_FAILED))
-
-
-def _check_status_fd(fd: int, descriptors: dict[str, int]) -> None:
-    """Refuse a descriptor that is not open, or that is one of ours; -1 stands for none."""
-    try:
-        if fd in descriptors.values():
-            raise OSError
-        if fd >= 0:
-            os.fstat(fd)
-    except OSError:
-        doing, hint = f"use --json-status-fd {fd}", f"open it, for instance: ttp run … {fd}>FILE"
-        fail(RefusedError(doing, "it is not open", hint, RUN_FAILED))
-
-
-def _tell(fd: int, status: str) -> None:
-    """Say what is about to run, and close the descriptor, which is not for the command."""
-    if fd < 0:
-        return
-    try:
-        os.write(fd, f"{status}\n".encode())
-    except OSError as error:
-        doing = f"write to --json-status-fd {fd}"
-        fail(RefusedError(doing, str(error.strerror), "", RUN_FAILED))
-    if fd > 2:
-        os.close(fd)
 
 
 class _Context:

@@ -8,7 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from nsrun.client import RUN_FAILED, RefusedError
+
 Change = tuple[str, str | None]  # a variable and its value; None: it shall not be there
+
+
+def asked(files: Sequence[str], settings: Sequence[str], ours: Mapping[str, str]) -> list[Change]:
+    """The same as ``changes``, all read by now. Raises RefusedError."""
+    try:
+        return list(changes(files, settings, ours))
+    except OSError as error:
+        raise RefusedError(f"read {error.filename}", str(error.strerror), "", RUN_FAILED) from None
+    except ValueError as error:
+        hint = "a line is NAME=VALUE, NAME or a # comment"
+        raise RefusedError("take variables from a file", str(error), hint, RUN_FAILED) from None
 
 
 def changes(

@@ -1,20 +1,13 @@
-"""What can be asked of a supervisor, over its socket: one JSON line, one line of answer.
-
-Descriptors travel with the line, either way. Who asks is known by the kernel's word (SO_PEERCRED),
-never by the request's. docs/internals.md lists the requests.
-"""
+"""What can be asked of a supervisor, and what it does then; docs/internals.md has a table."""
 
 from __future__ import annotations
 
-import array
 import asyncio
 import json
 import logging
 import os
 import socket
-import struct
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +16,7 @@ from nsrun import __version__, processes, prompt
 from nsrun.client import visible
 from nsrun.errors import ExitCode, GatewayError, NsrunError, UsageError
 from nsrun.gateway import guests, outside, plugs
+from nsrun.gateway.connection import Client
 from nsrun.plan import Joined, Op, enter_ops
 from nsrun.spec import Caller, RunSpec, check_seconds
 from nsrun.user import resolve
@@ -33,108 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LONGEST = 1 << 23  # bytes of a request
-MOST_DESCRIPTORS = 8
-BEAT = 5.0  # seconds after which a client that waits is told that we are at work
-
 Parse = Callable[[dict[str, Any]], RunSpec | None]
-
-
-class Client:
-    """One connection: who is at the other end, what was asked, and the way to answer.
-
-    A ``guest`` is another user than ours, and may not keep us waiting: TimeoutError.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        self.pid, self.uid, self.gid = struct.unpack("iII", credentials)
-        self.groups = guests.groups_of(connection)
-        self.guest = self.uid != os.geteuid()
-        self.user = self.uid if self.guest else None  # as Workloads tells users apart
-        self.descriptors: list[int] = []
-        self._patience = guests.PATIENCE if self.guest else None
-        self._longest = guests.LONGEST if self.guest else LONGEST
-        self._connection = connection
-        self._loop = asyncio.get_running_loop()
-        self._beat: asyncio.TimerHandle | None = None
-
-    async def request(self) -> dict[str, Any] | None:
-        """What is asked, or None if the other end goes away first. Raises ValueError."""
-        line = b""
-        async with asyncio.timeout(self._patience):
-            while not line.endswith(b"\n"):
-                data = await self._receive()
-                if not data or len(line) > self._longest:
-                    return None
-                line += data
-        found = json.loads(line)
-        if not isinstance(found, dict):
-            raise ValueError("not a request")
-        self._beat = self._loop.call_later(BEAT, self._still_here)
-        return found
-
-    async def send(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
-        """Send a line; unless it tells of progress, what comes after it is the client's affair."""
-        if self._beat is not None and "progress" not in message:
-            self._beat.cancel()
-        line = json.dumps(message).encode() + b"\n"
-        if fds:  # they travel with the first byte
-            socket.send_fds(self._connection, [line[:1]], fds)
-            line = line[1:]
-        async with asyncio.timeout(self._patience):
-            await self._loop.sock_sendall(self._connection, line)
-
-    async def says_more(self) -> bool:
-        """Wait for one byte; False if the other end closes instead."""
-        async with asyncio.timeout(self._patience):
-            return bool(await self._loop.sock_recv(self._connection, 1))
-
-    async def while_there(self, what: Coroutine[None, None, None]) -> None:
-        """Wait for ``what``. Raises ConnectionResetError when the other end goes away before."""
-        waiting = asyncio.ensure_future(what)
-        gone = asyncio.ensure_future(_readable(self._loop, self._connection))
-        try:
-            await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done() and not waiting.done():
-                raise ConnectionResetError("the client has gone")
-        finally:
-            waiting.cancel()
-            gone.cancel()
-            await asyncio.wait({waiting, gone})  # else its end takes the next one's reader away
-
-    async def say(self, byte: bytes) -> None:
-        await self._loop.sock_sendall(self._connection, byte)
-
-    def close(self) -> None:
-        if self._beat is not None:
-            self._beat.cancel()
-        for descriptor in self.descriptors:
-            os.close(descriptor)
-        self.descriptors.clear()
-        self._connection.close()
-
-    def _still_here(self) -> None:
-        """A client takes a supervisor that is silent for too long to be stopped."""
-        with suppress(OSError):
-            self._connection.send(b"{}\n")
-        self._beat = self._loop.call_later(BEAT, self._still_here)
-
-    async def _receive(self) -> bytes:
-        # without space for them, the kernel closes what is sent along
-        space = 0 if self.guest else socket.CMSG_SPACE(MOST_DESCRIPTORS * 4)
-        while True:
-            try:
-                data, ancillary, _, _ = self._connection.recvmsg(
-                    1 << 16, space, socket.MSG_CMSG_CLOEXEC
-                )
-            except BlockingIOError:
-                await _readable(self._loop, self._connection)
-                continue
-            for level, kind, content in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    self.descriptors += array.array("i", content[: len(content) // 4 * 4])
-            return data
 
 
 class Requests:
@@ -432,36 +325,12 @@ CA_FILE = "/etc/ssl/certs/ca-certificates.crt"
 CA_VARIABLES = ("SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 
 
-def listen(path: str, group: int | None) -> socket.socket:
-    """The supervisor's socket, for our own user, and the members of ``group``, alone."""
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    mask = os.umask(0o177)
-    try:
-        server.bind(path)
-    finally:
-        os.umask(mask)
-    if group is not None:
-        os.chown(path, -1, group)
-        Path(path).chmod(0o660)
-    server.listen(64)
-    return server
-
-
 def _map_users(pid: int) -> None:
     """Map every user and group of ours to itself in the new user namespace of process ``pid``."""
     for kind in ("uid_map", "gid_map"):
         ranges = [line.split() for line in Path(f"/proc/self/{kind}").read_text().splitlines()]
         text = "".join(f"{first} {first} {count}\n" for first, _, count in ranges)
         Path(f"/proc/{pid}/{kind}").write_text(text)
-
-
-async def _readable(loop: asyncio.AbstractEventLoop, connection: socket.socket) -> None:
-    ready = asyncio.Event()
-    loop.add_reader(connection, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(connection)
 
 
 def _as_json(error: NsrunError) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from nsrun.address import choose_block
 from nsrun.apply import Machine, apply
 from nsrun.errors import NsrunError
 from nsrun.gateway import roaming, uplink
-from nsrun.gateway.requests import Parse, Requests, listen
+from nsrun.gateway.connection import listen
+from nsrun.gateway.requests import Parse, Requests
 from nsrun.gateway.tor import Progress, Tor, learn_control
 from nsrun.gateway.workloads import Workloads, gone_links, link_monitor
 from nsrun.plan import LINK_PREFIX, Workload, gateway_steps
