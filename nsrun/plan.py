@@ -201,6 +201,10 @@ _GATEWAY_SYSCTLS = (
     ("net.ipv6.conf.all.forwarding", "0"),
     # else the gateway would tell the uplink's neighbours that it has the links' address
     ("net.ipv4.conf.all.arp_ignore", "1"),
+    # errors about Tor's connections come in, as path MTU discovery needs them; redirects are taken
+    # for such, too, and a neighbour could lead Tor elsewhere (one of the two is enough for it)
+    ("net.ipv4.conf.all.accept_redirects", "0"),
+    ("net.ipv4.conf.default.accept_redirects", "0"),
     # refusals are never limited in rate: by default a busy workload gets one a second, and waits
     ("net.ipv4.icmp_ratemask", "0"),
     ("net.ipv6.icmp.ratelimit", "0"),

@@ -24,6 +24,8 @@ from town import eventually
 
 pytestmark = pytest.mark.lab
 
+CURL_TIMED_OUT = 28
+
 # TCP through Tor and UDP that must not pass, without a pause, until it is killed
 TRAFFIC = f"""
 import socket, time
@@ -105,6 +107,25 @@ def test_commands_that_come_while_tor_is_started_again_wait(lab: Lab) -> None:
         begin = time.monotonic()
         assert lab.run("true").returncode == 0
         assert time.monotonic() - begin < PATIENCE  # after which the supervisor is given up
+
+
+@pytest.mark.promise("P4")
+def test_tor_stopped_for_a_while_carries_nothing_and_goes_on(lab: Lab) -> None:
+    """As a suspended machine, a debugger or the cgroup freezer does: it lives, and is silent."""
+    with judged(lab), lab.other_gateway("pasta") as name, traffic(lab, name):
+        tor = inspect(lab, name)["tor"]
+        assert isinstance(tor, dict)
+        run = (TTP, "run", "-g", name, "--", "curl", "-sS", "--max-time", "2", PLAIN_ORACLE)
+        assert lab.do("kill", "-STOP", str(tor["pid"])).returncode == 0
+        try:
+            done = lab.do(*lab.inside_argv("host", *run))
+        finally:
+            lab.do("kill", "-CONT", str(tor["pid"]))
+        assert (done.returncode, done.stdout) == (CURL_TIMED_OUT, ""), done.stderr
+        assert json.loads(fetch(lab, name).stdout)["IsTor"] is True
+        again = inspect(lab, name)["tor"]
+        assert isinstance(again, dict)
+        assert again["pid"] == tor["pid"], "it is the same one"
 
 
 @pytest.mark.promise("P4")
