@@ -37,7 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Raises UsageError when several processes of pytest-xdist would watch the wires of one lab."""
     config.addinivalue_line("markers", MARKER)
+    if config.getoption("--tor-lab") and len(getattr(config.option, "tx", None) or ()) > 1:
+        raise pytest.UsageError(
+            "ttp: cannot share the lab of --tor-lab among processes of pytest-xdist: "
+            "each would see the other's wires; leave out --tor-lab, or -n"
+        )
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -149,6 +149,28 @@ def test_leak_wire(torified, leaks, wires):
     assert "not proven: its record cannot be read" in done.stdout
 
 
+def test_processes_of_xdist_have_a_lab_each(lab: Lab) -> None:
+    """Side by side, and gone with them; in one lab they would see each other, and are refused."""
+    file = write(
+        lab,
+        """
+@pytest.mark.no_leaks
+@pytest.mark.parametrize("turn", range(4))
+def test_it(torified, turn):
+    assert "an exit" in torified.run(["curl", "-sS", "http://www.test/"]).stdout
+""",
+    )
+    done = run(lab, file, "-n", "2", own_lab=True)
+    assert counts(done) == {"passed": 4}, done.stdout + done.stderr
+    assert "2 workers" in done.stdout
+    left = [one["name"] for one in json.loads(lab.ttp("lab", "status", "--json").stdout)]
+    assert not [name for name in left if name.startswith("py")]
+    refused = run(lab, file, "-n", "2")
+    assert refused.returncode == 4
+    assert "cannot share the lab of --tor-lab" in refused.stderr
+    assert counts(run(lab, file, "-n", "1")) == {"passed": 4}
+
+
 def test_commands_and_functions_behave_as_without_tor(lab: Lab) -> None:
     """Values, exceptions, output, input, codes, time limits."""
     file = write(
