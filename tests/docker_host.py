@@ -10,6 +10,7 @@ its containers send without ttp arrives on the lab's wires. One that runs alread
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import subprocess
@@ -70,9 +71,12 @@ class Dockerd:
         """The names of all, holders too."""
         return self.docker("ps", "--all", "--format", "{{.Names}}").stdout.split()
 
+    def listed(self) -> list[dict[str, Any]]:
+        """The workloads of the lab's gateway."""
+        return list(json.loads(self.lab.about("ps", "--json").stdout))
+
     def workloads(self) -> list[str]:
-        found = json.loads(self.lab.about("ps", "--json").stdout)
-        return [one["name"] for one in found]
+        return [str(one["name"]) for one in self.listed()]
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
@@ -123,11 +127,12 @@ def dockerd(lab: Lab, directory: Path, *options: str) -> Iterator[Dockerd]:
 def archive() -> Path:
     """The root file system of the image: from the cache, or made now, in a minute."""
     paths.private_directory(paths.cache())
-    made = Path(paths.cache(), "docker-base.tar")
+    build = ROOT / "images/base/build"
+    version = hashlib.sha256(build.read_bytes()).hexdigest()[:12]
+    made = Path(paths.cache(), f"docker-base-{version}.tar")
     with Path(f"{made}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists() or made.stat().st_mtime < time.time() - DAYS * 86400:
-            build = [str(ROOT / "images/base/build"), str(made)]
-            done = subprocess.run(build, capture_output=True, text=True)
+            done = subprocess.run([build, made], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
     return made

@@ -61,6 +61,7 @@ def run(
         holder = _hold(engine, wanted, spec, undo)
         command = engine.command(
             *("run", "--network", f"{holders.JOINS}{holder}", "--cap-drop", "NET_RAW"),
+            *("--security-opt", "no-new-privileges"),  # the last one counts: it can be lifted
             *("--label", f"{holders.WORKLOAD}={spec.name}", "--pull", wanted.pull or "never"),
             *(*wanted.kept, "--", wanted.image, *wanted.command),
         )
