@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
@@ -112,6 +113,8 @@ def logs(
         with record.log.open("rb") as log:
             while True:
                 going_on = follow and record.watched()  # first: it may print once more
+                if log.tell() > os.fstat(log.fileno()).st_size:
+                    log.seek(0)  # somebody has emptied it
                 shutil.copyfileobj(log, sys.stdout.buffer)
                 sys.stdout.buffer.flush()
                 if not going_on:

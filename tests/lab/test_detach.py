@@ -138,6 +138,22 @@ def test_logs_are_followed_to_the_end(lab: Lab) -> None:
         assert (head.stdout, head.stderr) == ("1\n", "")
 
 
+def test_a_log_may_be_emptied_while_it_is_written(lab: Lab) -> None:
+    """What comes after begins at its beginning, also for who follows: all who write append."""
+    script = "echo before; until [ -e go ]; do sleep 0.05; done; echo after"
+    room = lab.home / "emptied"
+    lab.do("mkdir", str(room))
+    with job(lab, "sh", "-c", script, options=("--workdir", str(room))):
+        follow = lab.command(TTP, "logs", "-g", lab.name, "--follow", "job")
+        with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "before\n"
+            lab.do("truncate", "--size", "0", str(lab.workload("job")["log"]))
+            lab.do("touch", str(room / "go"))
+            assert process.stdout.read() == "after\n"
+        assert lab.about("logs", "job").stdout == "after\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "options", "code", "words"),
     [
