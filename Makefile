@@ -34,7 +34,7 @@ lab: everyday ## run the tests that need a lab
 	@$(as_root)
 	$(bin)/pytest -m lab
 
-torture: setup ## kill and disturb at every moment there is: minutes
+torture: setup ## kill at every moment, disturb, fuzz, take each guard away: an hour
 	@$(as_root)
 	$(bin)/pytest -m torture
 

@@ -1,7 +1,7 @@
 """Sends what must not get out, and says what became of each. Runs anywhere: standard library only.
 
-    probe.py NAME...        one JSON object: for each name "sent", or the error that refused it
-    probe.py --for SECONDS  strays of every kind at 50 Hz, without waiting for an answer
+    probe.py NAME...                one JSON object: for each name "sent", or why it was refused
+    probe.py --for SECONDS [HERTZ]  strays of every kind, without waiting for an answer
 
 Every packet carries the token, so that it is found on any wire; a TCP segment cannot, but its
 destination is no relay's.
@@ -114,16 +114,16 @@ def strays(streams: bool = True) -> int:
     return taken
 
 
-def pester(seconds: float) -> None:
+def pester(seconds: float, hertz: float = 50) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         strays()
-        time.sleep(0.02)  # 50 Hz
+        time.sleep(1 / hertz)
 
 
 def main(names: list[str]) -> None:
     if names[:1] == ["--for"]:
-        pester(float(names[1]))
+        pester(*map(float, names[1:]))
         return
     results = {}
     for name in names or list(PROBES):

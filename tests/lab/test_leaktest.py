@@ -96,3 +96,12 @@ def test_no_random_packet_gets_out(lab: Lab) -> None:
     assert found["sent"] > 99_000
     assert found["control"] > 50
     assert {wire["wire"] for wire in found["wires"]} == {"gateway", "host", "lan"}
+
+
+@pytest.mark.torture
+@pytest.mark.promise("P3", "P4", "P5")
+@pytest.mark.parametrize("seed", range(10))
+def test_no_random_packet_of_any_seed_gets_out(lab: Lab, seed: int) -> None:
+    """A million more."""
+    code, found = leaktest(lab, "--fuzz", "100000", "--seed", str(seed))
+    assert (code, found["value"]) == (0, "contained"), found
