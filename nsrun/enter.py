@@ -216,7 +216,11 @@ def new_users(descriptors: dict[str, int]) -> None:
     """
     linux.unshare(linux.CLONE_NEWUSER)
     os.write(descriptors["supervisor"], b"m")
-    if os.read(descriptors["supervisor"], 1) != b"m":
+    try:
+        answer = os.read(descriptors["supervisor"], 1)
+    except BlockingIOError:  # after client.PATIENCE
+        raise TimeoutError(110, "the supervisor is silent") from None
+    if answer != b"m":
         raise PermissionError(1, "the supervisor did not map its users")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -104,6 +105,29 @@ def meddling(place: Place) -> None:
     place.nothing_left()
 
 
+def stopped(place: Place) -> None:
+    """The supervisor, stopped when a client needs it to map its users: it is not waited for."""
+
+    def wanted(moment: Moment) -> bool:
+        return moment.plan == "enter" and moment.step.startswith("new_users")
+
+    with place.up() as gateway:
+        client.PATIENCE, patience = 1, client.PATIENCE  # the client is a fork of ours
+        asking = place.client("run", "-g", place.spec.name, "--", "true", wanted=wanted)
+        client.PATIENCE = patience
+        place.case("supervisor", asking.advance(0))
+        os.kill(gateway.pid, signal.SIGSTOP)
+        try:
+            asking.go()
+            assert os.waitstatus_to_exitcode(asking.wait()) == 125
+        finally:
+            os.kill(gateway.pid, signal.SIGCONT)
+        assert "the supervisor is silent" in place.said()
+        assert "Traceback" not in place.said()
+        place.recovers(gateway)
+    place.nothing_left()
+
+
 def full(place: Place) -> None:
     """A disk that is full sooner or later: the gateway is up, or says why not, and then is gone."""
     linux.unshare(linux.CLONE_NEWNS)
@@ -178,5 +202,6 @@ ACCIDENTS: dict[str, Callable[[Place], None]] = {
     "race": race,
     "reboot": reboot,
     "meddling": meddling,
+    "stopped": stopped,
     "full": full,
 }

@@ -133,6 +133,10 @@ class Place:
             eventually(self.answers, "the supervisor")
             self.ask(do="wait", timeout=20)
             yield gateway
+        except BaseException:
+            gateway.tell()
+            time.sleep(0.2)  # for its handler, which says nothing to us
+            raise
         finally:
             gateway.kill()
 
@@ -247,9 +251,15 @@ class Place:
         def fetch() -> bool:
             nonlocal said
             curl = self.run("curl", "-sS", "--max-time", "5", ORACLE)
-            done = subprocess.run(curl, capture_output=True, text=True)
-            said = f"{time.strftime('%H:%M:%S')} {done.returncode} {done.stderr}"
-            return '"IsTor":true' in done.stdout
+            with subprocess.Popen(curl, stdout=-1, stderr=-1, text=True) as process:
+                try:
+                    out, errors = process.communicate(timeout=20)
+                except subprocess.TimeoutExpired:
+                    said += f"process {process.pid} hangs: {_stands(process.pid)}\n"
+                    process.kill()
+                    return False
+            said += f"{time.strftime('%H:%M:%S')} {process.returncode} {errors}"
+            return '"IsTor":true' in out
 
         try:
             eventually(fetch, "the gateway to work", 30)
@@ -327,6 +337,12 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return ""
+
+
+def _stands(pid: int) -> str:
+    """What a process is doing: its command line, where it waits in the kernel, the system call."""
+    files = (Path(f"/proc/{pid}/{name}") for name in ("cmdline", "wchan", "syscall"))
+    return " ".join(file.read_text().replace("\0", " ")[:200] for file in files)
 
 
 def has_link(pid: int) -> bool:

@@ -153,7 +153,8 @@ STORIES = [
     *(("enter", who, "pasta") for who in ("root", "sudo", "user")),
     *((story, "root", "pasta") for story in ENTERING if story != "enter"),
     *((story, "root", "pasta") for story in ASKING if story != "connections"),
-    *((story, "root", "pasta") for story in ("crowd", "race", "reboot", "meddling", "full")),
+    *((story, "root", "pasta") for story in ("crowd", "race", "reboot")),
+    *((story, "root", "pasta") for story in ("meddling", "stopped", "full")),
 ]
 IN_A_USERS_LAB = [("start", "root", "lab"), ("enter", "root", "pasta")]
 TORTURE = [

@@ -10,6 +10,7 @@ statements, each of these is a moment (``lines``). Everything else is as in prod
 from __future__ import annotations
 
 import ast
+import faulthandler
 import json
 import os
 import re
@@ -136,6 +137,11 @@ class Mortal:
             self.free()
             self.wait()
 
+    def tell(self) -> None:
+        """Have it write down where each of its threads is, if it is ours and lives."""
+        if self.status is None:
+            os.kill(self.pid, signal.SIGUSR1)
+
     def wait(self, seconds: float = PATIENCE) -> int:
         """Its exit status, as of waitpid(2)."""
         if self.status is None:
@@ -184,6 +190,7 @@ def _live(
             os.dup2(fd, number)
         os.close(output)
         sys.stdin = os.fdopen(0, closefd=False)
+        faulthandler.register(signal.SIGUSR1)
         _stop_at_steps(stage)
         _stop_at_operations(stage)
         if deep:
