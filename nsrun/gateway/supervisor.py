@@ -164,9 +164,9 @@ class Supervisor:
         if self._retry is not None:
             self._retry.cancel()
         for name in [name for name in ("uplink", "tor") if name in self._dead]:
-            if name in self.machine.processes:
-                self.machine.processes.pop(name).stop()
             try:
+                if name in self.machine.processes:
+                    self.machine.processes.pop(name).stop()
                 self.machine.processes[name] = self.machine.starters[name](self._dead[name])
             except (NsrunError, OSError) as error:
                 self.problem = str(error)

@@ -220,10 +220,12 @@ class Running:
 
     def stop(self) -> None:
         """End the helper, remove the link and all that was made for it. May be called again."""
-        self._undo.close()
-        if self.pidfd is not None:
-            os.close(self.pidfd)
-            self.pidfd = None
+        try:
+            self._undo.close()
+        finally:
+            if self.pidfd is not None:
+                os.close(self.pidfd)
+                self.pidfd = None
 
 
 def start(uplink: Uplink, gateway: Namespace, log: str) -> Running:
