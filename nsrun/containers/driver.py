@@ -29,9 +29,9 @@ PORTS = "com.docker.network.portmap"
 OURS = "ttp."  # what our options begin with
 PINNED = ("ttp.dns", "pinned")  # of a container: it was given --dns
 
-# Before, an internal network does not keep dockerd from asking a resolver on the host's loopback,
-# from the host, in clear (CVE-2024-29018, moby/moby#47832).
-ASKS_NOT_FROM_HOST = (26, 1, 3)
+# Before, an internal network does not keep dockerd from asking a resolver from the host, in clear:
+# one on loopback (CVE-2024-29018, moby/moby#47832), and from 26.0 on one by IPv6.
+ASKS_NOT_FROM_HOST, ASKS_IPV6_FROM_HOST = (26, 1, 3), (26, 0, 0)
 
 DNS = "192.0.2.53"  # for --dns: nobody's (RFC 5737), and as good as any, since Tor answers
 
@@ -261,8 +261,8 @@ def _join(state: State, request: dict[str, Any], engine: Engine) -> Answer:
     if engine.links:
         cause = f"it has another network already ({' '.join(engine.links)}), by which it could leak"
         raise RefusedError(doing, cause, "one network for a container")
-    asked = [text for text in engine.resolvers if _loopback(text)]
-    if asked and engine.version < ASKS_NOT_FROM_HOST and not endpoint.pinned:
+    asked = [text for text in engine.resolvers if _asked_from_host(text, engine.version)]
+    if asked and not endpoint.pinned:
         cause = f"this Docker would ask the host's resolver {asked[0]} for it, in clear"
         hint = f"--dns {DNS} --network name=NETWORK,driver-opt={'='.join(PINNED)}, or Docker 26.1.3"
         raise RefusedError(doing, cause, hint)
@@ -363,9 +363,16 @@ def _object(doing: str, request: dict[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
-def _loopback(resolver: str) -> bool:
-    """Whether a nameserver of resolv.conf(5) is on loopback; if it is no address, it may be."""
+def _asked_from_host(resolver: str, version: tuple[int, ...]) -> bool:
+    """Whether a Docker of ``version`` asks this nameserver of resolv.conf(5) from the host.
+
+    Of what is no address, or no version, it is assumed.
+    """
+    if version >= ASKS_NOT_FROM_HOST:
+        return False
     try:
-        return ip_address(resolver.partition("%")[0]).is_loopback
+        address = ip_address(resolver.partition("%")[0])
     except ValueError:
         return True
+    by_ipv6 = address.version == 6 and (not version or version >= ASKS_IPV6_FROM_HOST)
+    return address.is_loopback or by_ipv6
