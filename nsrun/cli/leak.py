@@ -64,11 +64,11 @@ def leaktest(
     from nsrun.lab import control
     from nsrun.leak import battery, results
     from nsrun.leak.bench import Bench
-    from nsrun.leak.broken import CARELESS, DEFECTS, Careless
+    from nsrun.leak.broken import CARELESS, CONFUSED, DEFECTS, Defect
     from nsrun.leak.verdict import Value
 
     probes = _chosen(wanted or ["*"])
-    broken = {one.name: one for one in (*DEFECTS, *CARELESS)}
+    broken = {one.name: one for one in (*DEFECTS, *CARELESS, CONFUSED)}
     if defect is not None and defect not in broken:
         raise UsageError(f"test the defect {defect}", "there is none", "ttp leaktest --list")
     if list_:
@@ -86,10 +86,10 @@ def leaktest(
         match broken.get(defect or ""):
             case None:
                 found, verdicts = battery.battery(bench, lab, probes, _say)
-            case Careless() as one:
-                found, verdicts = battery.careless(bench, lab, one, probes, _say)
-            case one:
+            case Defect() as one:
                 found, verdicts = battery.defective(bench, lab, one, probes, _say)
+            case one:
+                found, verdicts = battery.flawed(bench, lab, one, probes, _say)
     seconds = time.monotonic() - began
     if junit is not None:
         junit.write_text(results.as_junit(found))
@@ -139,12 +139,12 @@ def program() -> str:
 
 
 def _list(probes: Sequence[Probe]) -> None:
-    from nsrun.leak.broken import CARELESS, DEFECTS
+    from nsrun.leak.broken import CARELESS, CONFUSED, DEFECTS
 
     for probe in probes:
         print(f"{probe.name:<20} {' '.join(probe.promises):<9} {probe.expect:<12} {probe.title}")
     print()
-    for defect in (*DEFECTS, *CARELESS):
+    for defect in (*DEFECTS, *CARELESS, CONFUSED):
         print(f"--defect {defect.name:<16} {defect.title}")
 
 

@@ -1,7 +1,7 @@
 """The Tor of a gateway: its process, and what it says over the control socket.
 
-The only module that knows stem, which works in threads of its own; ``on_change`` is called
-from one of them.
+The only module of a gateway that knows stem, which works in threads of its own; ``on_change`` is
+called from one of them.
 """
 
 from __future__ import annotations

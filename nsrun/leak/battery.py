@@ -35,13 +35,15 @@ from nsrun.leak.bench import (
     make,
     tap_at,
 )
-from nsrun.leak.broken import OPEN, Careless, Defect
+from nsrun.leak.broken import OPEN, Careless, Confused, Defect
 from nsrun.leak.capture import Tap
+from nsrun.leak.identity import pair
 from nsrun.leak.probes import SECONDS as SILENCE
 from nsrun.leak.probes import Control, Expect, Needs, Probe, World
 from nsrun.leak.results import Controls, Made, Result, assess, seen_in_control
 from nsrun.leak.verdict import Rule, Verdict, judge
 
+FORWARDED = (Control.WIRE, Control.GATEWAY)  # controls made in a gateway without a guard
 HALF_PATIENCE = 2.0  # seconds for an answer that a defect may or may not let through
 
 Say = Callable[[str], None]
@@ -59,7 +61,7 @@ def defective(
     bench: Bench, gateway: str, defect: Defect, probes: Sequence[Probe], say: Say
 ) -> tuple[list[Result], list[Verdict]]:
     """The same behind a gateway with ``defect``, which must be found out. Raises NsrunError."""
-    probes = [one for one in probes if one.control is not Control.HOST]
+    probes = [one for one in probes if one.control in FORWARDED]
     made, capture = unguarded(bench, defect, probes, say)
     # the lab's own gateway, whose frames a bridge may flood; whom it leaks to, asks for it
     ours = (*OPEN_LINK, topology.GATEWAY, topology.GATEWAY6)
@@ -68,15 +70,17 @@ def defective(
     return assess(probes, made, verdicts, _controls(bench, gateway, probes, say)), verdicts
 
 
-def careless(
-    bench: Bench, gateway: str, defect: Careless, probes: Sequence[Probe], say: Say
+def flawed(
+    bench: Bench, gateway: str, defect: Careless | Confused, probes: Sequence[Probe], say: Say
 ) -> tuple[list[Result], list[Verdict]]:
-    """The same in a workload that is entered with ``defect``, which must be found out.
+    """The same in a workload that is entered with ``defect``, or that Tor takes for another.
 
-    Raw packets are not of it: these are sent with all power anyway. Raises NsrunError.
+    It must be found out. Raw packets are not of it: they are sent with all power anyway. Raises
+    NsrunError.
     """
-    probes = [one for one in probes if one.needs is Needs.NOTHING]
-    say(f"a client with a defect: {defect.title}")
+    need = Needs.TWO if isinstance(defect, Confused) else Needs.NOTHING
+    probes = [one for one in probes if one.needs is need]
+    say(f"workloads with a defect: {defect.title}")
     made, verdicts = guarded(bench, gateway, probes, say, defect)
     return assess(probes, made, verdicts, _controls(bench, gateway, probes, say)), verdicts
 
@@ -86,12 +90,15 @@ class Scene:
     """A workload of a gateway that is watched: who is where, and how to be there.
 
     ``run`` is a command's prefix as a user would have it, ``into`` leads into the network
-    namespace of one workload with all power over it..
+    namespace of one workload with all power over it; ``beside`` so into another's, and ``gateway``
+    into theirs.
     """
 
     world: World
     run: tuple[str, ...]
     into: tuple[str, ...]
+    beside: tuple[str, ...]
+    gateway: tuple[str, ...]
     taps: dict[str, Tap]
     allowed: dict[str, Sequence[Rule]]
 
@@ -139,28 +146,36 @@ def scene(bench: Bench, gateway: str) -> Iterator[Scene]:
             world,
             run=(*bench.inside("host"), bench.ttp, "run", "--gateway", gateway, "--"),
             into=tuple(bench.within(f"/proc/{workload['pid']}/ns/net")),
+            beside=tuple(bench.within(f"/proc/{neighbour['pid']}/ns/net")),
+            gateway=tuple(bench.within(f"/proc/{known['tor']['pid']}/ns/net")),
             taps={name: stack.enter_context(tap_at(bench, place)) for name, place in wires.items()},
             allowed=bench.allowed(),
         )
 
 
 def guarded(
-    bench: Bench, gateway: str, probes: Sequence[Probe], say: Say, defect: Careless | None = None
+    bench: Bench,
+    gateway: str,
+    probes: Sequence[Probe],
+    say: Say,
+    defect: Careless | Confused | None = None,
 ) -> tuple[dict[str, Made], list[Verdict]]:
     """Behind the guard: what each sender noticed, and what the wires carried.
 
-    With ``defect`` the workload of the unprivileged probes has it.
+    With ``defect`` the workload of the unprivileged probes has it, or its gateway.
     """
     with scene(bench, gateway) as here:
         say("behind the guard, as a workload")
         run = here.run
-        if defect:
+        if isinstance(defect, Careless):
             enter = (sys.executable, "-P", "-m", "nsrun.leak.careless", defect.name, gateway)
             run = (*bench.inside("host"), *enter)
         made = make(run, here.world, [one for one in probes if one.needs is Needs.NOTHING])
         say("behind the guard, with raw sockets")
         made |= make(here.into, here.world, [one for one in probes if one.needs is Needs.NET_RAW])
-        expected = any(one.expect is Expect.TOR for one in probes)
+        say("behind the guard, two together")
+        made |= _together(bench, here, probes, confused=isinstance(defect, Confused))
+        expected = any(one.expect is Expect.TOR or one.needs is Needs.TWO for one in probes)
         return made, here.judged(expect_some=expected)
 
 
@@ -171,6 +186,17 @@ def unguarded(
     with open_scene(bench, defect) as (world, into, wire):
         say(f"a gateway with a defect: {defect.title}")
         return make(into, world, probes), wire.stop()
+
+
+def _together(
+    bench: Bench, here: Scene, probes: Sequence[Probe], *, confused: bool
+) -> dict[str, Made]:
+    two = (here.into, here.beside)
+    return {
+        one.name: pair(bench, here.world, two, here.gateway, one, confused=confused)
+        for one in probes
+        if one.needs is Needs.TWO
+    }
 
 
 @contextmanager
@@ -221,11 +247,17 @@ def on_host(
 
 def _controls(bench: Bench, gateway: str, probes: Sequence[Probe], say: Say) -> Controls:
     """Where a router passes a probe on, that is its control; the others are made on the host."""
-    forwarded = [one for one in probes if one.control is not Control.HOST]
+    forwarded = [one for one in probes if one.control in FORWARDED]
     controls = {}
+    if any(one.needs is Needs.TWO for one in probes):
+        with scene(bench, gateway) as here:
+            say("two workloads that are taken for one")
+            made = _together(bench, here, probes, confused=True)
+            controls["identity"] = made, here.taps["gateway"].stop()
     if forwarded:
         controls["gateway"] = unguarded(bench, OPEN, forwarded, say)
-    left = [one for one in probes if not seen_in_control(one, controls)]
+    left = [one for one in probes if one.needs is not Needs.TWO]
+    left = [one for one in left if not seen_in_control(one, controls)]
     if left:
         controls["host"] = on_host(bench, gateway, left, say)
     return controls

@@ -70,6 +70,15 @@ class Careless:
         return made
 
 
+@dataclass(frozen=True)
+class Confused:
+    """The gateway takes two workloads for one."""
+
+    name: str
+    title: str
+    caught: tuple[str, ...]
+
+
 MASQUERADE = """ chain leave {
   type nat hook postrouting priority 100; policy accept;
   oifname "uplink" masquerade
@@ -221,4 +230,10 @@ CARELESS = (
         ("power-gain", "power-ring", "power-key"),
         without=frozenset({"no_new_privileges", "filter_calls"}),
     ),
+)
+
+CONFUSED = Confused(
+    "one-identity",
+    "one client to Tor for everybody, as jessfraz/onion and anonsurf: circuits are shared",
+    ("identity",),
 )

@@ -127,7 +127,7 @@ def _judge(
         return Value.LEAK, f"{len(leaks)} packets in clear"
     answered = made.outcome is Outcome.ANSWERED
     if answered and (probe.expect is Expect.REFUSED or probe.control is not Control.WIRE):
-        return Value.LEAK, "it was answered"
+        return Value.LEAK, made.why or "it was answered"
     if not control:
         return Value.INCONCLUSIVE, "without the guard it was not seen either"
     if unwatched:
@@ -138,7 +138,7 @@ def _judge(
             f"it should have been answered through Tor: {made.why or made.outcome}",
         )
     if probe.expect is Expect.REFUSED and made.outcome is Outcome.SILENT:
-        return Value.INCONCLUSIVE, "it should have been refused at once, and was not"
+        return Value.INCONCLUSIVE, made.why or "it should have been refused at once, and was not"
     return Value.CONTAINED, ""
 
 

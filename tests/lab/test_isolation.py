@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from harness import ROOT
 from lab_helpers import PLAIN_ORACLE, TTP, Lab
 from town import eventually
 
@@ -101,7 +100,7 @@ class Streams:
 def streams(lab: Lab) -> Iterator[Streams]:
     """The streams while the block runs; filled in at its end."""
     control = f"{lab.gateway()['runtime']}/tor/control"
-    watch = lab.inside("host", sys.executable, str(ROOT / "tests" / "circuits.py"), control)
+    watch = lab.inside("host", sys.executable, "-m", "nsrun.leak.circuits", control)
     found = Streams()
     with subprocess.Popen(
         watch, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -11,7 +11,7 @@ import pytest
 from lab_helpers import TTP, Lab
 from nsrun.lab import topology
 from nsrun.leak import pcap
-from nsrun.leak.broken import CARELESS, DEFECTS, Careless, Defect
+from nsrun.leak.broken import CARELESS, CONFUSED, DEFECTS, Careless, Confused, Defect
 from nsrun.leak.probes.table import PROBES
 
 pytestmark = pytest.mark.lab
@@ -55,8 +55,10 @@ def test_it_tells_no_lie_that_outlives_it(lab: Lab) -> None:
 
 
 @pytest.mark.promise("P12")
-@pytest.mark.parametrize("defect", [*DEFECTS, *CARELESS], ids=lambda defect: str(defect.name))
-def test_a_gateway_that_leaks_is_found_out(lab: Lab, defect: Defect | Careless) -> None:
+@pytest.mark.parametrize(
+    "defect", [*DEFECTS, *CARELESS, CONFUSED], ids=lambda defect: str(defect.name)
+)
+def test_a_gateway_that_leaks_is_found_out(lab: Lab, defect: Defect | Careless | Confused) -> None:
     """Each defect, of the gateway or of how a command enters, is one that programs have or had."""
     assert defect.caught
     code, found = leaktest(lab, "--defect", defect.name, *defect.caught)

@@ -317,7 +317,7 @@ def log_of(lab: Lab, someone: Person) -> str:
 def test_users_share_no_circuit(lab: Lab, alice: Person, bob: Person) -> None:
     """By Tor's own events: each has circuits, and none of them is the other's."""
     control = f"{inspect(lab, alice.gateway)['runtime']}/tor/control"
-    watch = lab.inside("host", sys.executable, str(ROOT / "tests" / "circuits.py"), control)
+    watch = lab.inside("host", sys.executable, "-m", "nsrun.leak.circuits", control)
     fetch = "import urllib.request as u; print(len(u.urlopen('http://11.200.0.80/').read()) > 0)"
     with subprocess.Popen(
         watch, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

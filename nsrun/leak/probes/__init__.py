@@ -29,6 +29,8 @@ class Needs(StrEnum):
     NOTHING = "nothing"
     NET_RAW = "net_raw"
     """CAP_NET_RAW in the workload's network namespace: more than any workload has."""
+    TWO = "two"
+    """Two workloads, each of which makes it; what they have in common, Tor tells."""
 
 
 class Expect(StrEnum):
@@ -51,6 +53,8 @@ class Control(StrEnum):
     """From there, too: somebody answers."""
     HOST = "host"
     """On the host, as root: it works."""
+    IDENTITY = "identity"
+    """In two workloads that the gateway takes for one."""
 
 
 class Outcome(StrEnum):

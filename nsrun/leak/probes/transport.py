@@ -7,7 +7,9 @@ import struct
 
 from nsrun.leak.probes import (
     SECONDS,
+    Control,
     Expect,
+    Needs,
     Outcome,
     Probe,
     Send,
@@ -209,4 +211,9 @@ UDP = (
     Probe("udp-join6", "joining a group, IPv6", ("P3",), Expect.NOWHERE, _join6),
 )  # fmt: skip
 
-PROBES = (*TCP, *UDP)
+TOGETHER = (
+    Probe("identity", "two workloads with one identity", ("P7",), Expect.REFUSED,
+          lambda shot: _web(shot.site, shot), Needs.TWO, Control.IDENTITY),
+)  # fmt: skip
+
+PROBES = (*TCP, *UDP, *TOGETHER)

@@ -1,8 +1,9 @@
 """Who used which circuit to go where, by STREAM events of a gateway's Tor (control-spec 4.1.2).
 
-circuits.py CONTROL_SOCKET     prints "ready"; at the end of standard input one JSON list of
-                               [identity, target, circuit], without repetition; a pair of circuits
-                               joined by Conflux counts as one
+    python3 -m nsrun.leak.circuits CONTROL_SOCKET
+
+prints "ready", and at the end of standard input one JSON list of [identity, target, circuit],
+without repetition; a pair of circuits joined by Conflux counts as one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def main(path: str) -> None:
     with Controller.from_socket_file(path) as controller:
         controller.authenticate()
         controller.add_event_listener(on_stream, EventType.STREAM)
-        print("ready", flush=True)
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
         sys.stdin.read()
         status = controller.get_info("circuit-status")
     joined = {
@@ -36,7 +38,8 @@ def main(path: str) -> None:
         for line in status.splitlines()
         if (match := re.search(r"CONFLUX_ID=(\S+)", line))
     }
-    print(json.dumps(sorted({(who, where, joined.get(c, c)) for who, where, c in used})))
+    found = sorted({(who, where, joined.get(c, c)) for who, where, c in used})
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
