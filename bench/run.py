@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from containers import starts_of_containers
 from document import document, machine, plots
 from figures import Figure, table
 from labs import Lab, kept_apart, lab_up, say
@@ -38,6 +39,7 @@ PARTS: dict[str, Callable[[Lab], Iterator[Figure]]] = {
     "uplinks": by_uplink,
     "traffic": by_redirect_and_socks,
     "cold": cold_starts,
+    "containers": starts_of_containers,
 }
 
 
