@@ -247,11 +247,18 @@ def _rehearse(place: Place, wanted: Wanted) -> list[Moment]:
         gateway.kill()
 
 
+# Whoever is killed at each operation of a client. Tor's end and the uplink's are the same however
+# a command is entered, and a recorder's is however strict it is.
+VICTIMS = {
+    "enter": ("client", "supervisor", *PARTS),
+    "strict": ("client", "supervisor", *PARTS),
+    "recorded": ("client", "supervisor", "recorder"),
+    "recorded strict": ("client",),
+}
+
+
 def _enter(name: str, place: Place) -> None:
-    """What Tor and the uplink do at an end does not depend on how the command is entered."""
-    victims = PARTS if name in ("enter", "strict") else ()
-    recorder = ("recorder",) if name.startswith("recorded") else ()
-    enter(place, ENTERING[name], "client", "supervisor", *victims, *recorder)
+    enter(place, ENTERING[name], *VICTIMS.get(name, ("client", "supervisor")))
 
 
 STORIES: dict[str, Callable[[Place], None]] = {
