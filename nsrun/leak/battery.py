@@ -8,8 +8,8 @@ Behind the guard means: unprivileged probes in a workload that ``ttp run`` start
 CAP_NET_RAW in a workload's namespace, with a power that no workload has. All wires beyond the
 gateway are watched from before the first probe to after the last, and judged by what they may
 carry; what a probe itself noticed counts as well. A control is the same probe made in a gateway
-without rules, or on the host where a router would not pass it on: there it must be seen, else
-nothing is proven.
+without rules, on the host where a router would not pass it on, or in two workloads that Tor takes
+for one: there it must be seen, else nothing is proven.
 """
 
 from __future__ import annotations
