@@ -136,3 +136,21 @@ def archive() -> Path:
             done = subprocess.run([build, made], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
     return made
+
+
+def keepers(engine: Dockerd) -> list[int]:
+    """Processes that keep this daemon's holders."""
+    return [pid for pid in _python() if f"DOCKER_HOST={engine.host}" in _read(pid, "environ")]
+
+
+def _python() -> list[int]:
+    every = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [pid for pid in every if "nsrun.containers.keeper" in _read(pid, "cmdline")]
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        with open(f"/proc/{pid}/{name}") as file:
+            return file.read()
+    except OSError:
+        return ""

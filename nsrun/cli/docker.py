@@ -15,7 +15,7 @@ import typer
 from nsrun.cli import driver, output, settings
 from nsrun.cli.run import Gateway, Isolate, Name, NoIpv6, Timeout
 from nsrun.errors import AbsentError, UsageError
-from nsrun.spec import NAME, Plug, RunSpec
+from nsrun.spec import NAME, RunSpec
 
 if TYPE_CHECKING:
     from nsrun.containers.engine import Engine
@@ -98,7 +98,7 @@ def attach_network(
 
     Until it is restarted, as that gives it a new network, with nothing in it.
     """
-    from nsrun.containers import doors, holders, options
+    from nsrun.containers import doors, holders, options, plugging
 
     engine = _engine()
     made = engine.inspect(container)
@@ -119,7 +119,9 @@ def attach_network(
         isolate=isolate,
         bootstrap_timeout=bootstrap_timeout,
     )
-    _plug(engine, held.id if held else made["Id"], spec, _ready(spec), pinned=held is not None)
+    plugging.plug(
+        engine, held.id if held else made["Id"], spec, _ready(spec), pinned=held is not None
+    )
 
 
 def _engine() -> Engine:
@@ -167,36 +169,20 @@ def _check(engine: Engine, wanted: Wanted) -> None:
 
 def _hold(engine: Engine, wanted: Wanted, spec: RunSpec, undo: ExitStack) -> str:
     """A holder whose network is behind Tor; ``undo`` removes it. Raises NsrunError."""
-    from nsrun.containers import holders, keeper
+    from nsrun.containers import holders, keeper, plugging
 
     resolver = _ready(spec)
-    holder = holders.create(engine, wanted, spec.gateway, str(spec.name), resolver)
+    holder = holders.create(engine, wanted, spec, resolver)
     undo.callback(holders.remove, engine, holder)
-    _plug(engine, holder, spec, resolver, pinned=True)
+    plugging.plug(engine, holder, spec, resolver, pinned=True)
     keeper.start(engine)
     return holder
-
-
-def _plug(engine: Engine, container: str, spec: RunSpec, resolver: str, *, pinned: bool) -> None:
-    """Plug a link into a container's network, and look at it. Raises NsrunError."""
-    from nsrun.containers import inside
-    from nsrun.gateway import control
-
-    network, pid = engine.network(container)
-    try:
-        told = control.plug(network, spec, Plug(), pid)
-        try:
-            inside.verify(network, pid, told["address"], resolver, ipv6=spec.ipv6, pinned=pinned)
-        except BaseException:
-            control.unplug(spec.gateway, str(spec.name))
-            raise
-    finally:
-        os.close(network)
 
 
 def _ready(spec: RunSpec) -> str:
     """The address of the gateway, once its Tor is ready; it is started on demand."""
     from nsrun.cli.gateway import on_demand
+    from nsrun.containers import plugging
     from nsrun.gateway import control
 
     wait = {"do": "wait", "timeout": spec.bootstrap_timeout}
@@ -205,4 +191,4 @@ def _ready(spec: RunSpec) -> str:
     except AbsentError:
         with control.start(on_demand(spec.gateway, settings.here())):
             control.ask(spec.gateway, wait)
-    return str(control.ask(spec.gateway, {"do": "inspect"})["address"][0])
+    return plugging.resolver_of(spec.gateway)

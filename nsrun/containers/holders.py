@@ -20,8 +20,10 @@ from nsrun.containers import pause
 from nsrun.containers.engine import Engine
 from nsrun.containers.options import Wanted
 from nsrun.errors import NsrunError
+from nsrun.spec import RunSpec
 
 GATEWAY, WORKLOAD, CREATOR = "ttp.gateway", "ttp.workload", "ttp.creator"  # labels
+ISOLATE, IPV6 = "ttp.isolate", "ttp.ipv6"  # what the workload was given
 JOINS = "container:"
 
 
@@ -55,7 +57,7 @@ def started(pid: str) -> str:
     return ""
 
 
-def create(engine: Engine, wanted: Wanted, gateway: str, workload: str, resolver: str) -> str:
+def create(engine: Engine, wanted: Wanted, spec: RunSpec, resolver: str) -> str:
     """Make and start a holder, without a network; its id. Raises NsrunError."""
     api = engine.api
     limits = api.create_host_config(
@@ -72,11 +74,17 @@ def create(engine: Engine, wanted: Wanted, gateway: str, workload: str, resolver
     with engine.doing("make a holder for the container's network"):
         image = _image(engine)
         settings: dict[str, Any] = {
-            "name": f"ttp-{workload}",
+            "name": f"ttp-{spec.name}",
             "hostname": wanted.hostname or None,
             "domainname": wanted.domainname or None,
             "host_config": limits,
-            "labels": {GATEWAY: gateway, WORKLOAD: workload, CREATOR: started(str(os.getpid()))},
+            "labels": {
+                GATEWAY: spec.gateway,
+                WORKLOAD: str(spec.name),
+                CREATOR: started(str(os.getpid())),
+                ISOLATE: spec.isolate,
+                IPV6: str(int(spec.ipv6)),
+            },
         }
         try:
             made = api.create_container(image.tag, **settings)["Id"]

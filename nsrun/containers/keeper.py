@@ -2,6 +2,9 @@
 
 ``python -m nsrun.containers.keeper`` is started by ``ttp docker run``, which then becomes docker,
 and ends with the last holder. When it is killed, holders stay until the next ``ttp docker``.
+
+When the daemon comes back after an end that took all containers along, it does not start those
+that join another one, whatever their policy: the keeper does, after their holder.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,11 +24,15 @@ from queue import SimpleQueue
 
 import nsrun
 from nsrun import paths
-from nsrun.containers import holders
+from nsrun.containers import holders, plugging
 from nsrun.containers.engine import Engine
 from nsrun.containers.holders import Holder
 from nsrun.errors import NsrunError
+from nsrun.spec import RunSpec
 
+PATIENCE = 120.0  # seconds for a daemon to come back
+#: What the daemon says of a container whose holder is not running: moby, daemon/container.go.
+UNJOINED = "cannot join network of a non running container"
 EVENTS = {"type": "container", "event": ["create", "destroy"]}
 
 
@@ -48,7 +56,10 @@ KEPT = ("HOME", "PATH", "XDG_RUNTIME_DIR", "TTP_RUNTIME_DIR")
 
 
 def keep(engine: Engine) -> None:
-    """Sweep whenever a container comes or goes, or who made a holder ends, while there are any."""
+    """Sweep whenever a container comes or goes, or who made a holder ends, while there are any.
+
+    Returns also when the daemon has ended. Raises NsrunError if it does while we ask it.
+    """
     news: SimpleQueue[bool] = SimpleQueue()
     threading.Thread(target=_hear, args=(engine, news), daemon=True).start()
     watched: set[str] = set()
@@ -58,7 +69,36 @@ def keep(engine: Engine) -> None:
                 watched.add(holder.creator)
                 threading.Thread(target=_await, args=(holder, news), daemon=True).start()
         if not news.get():
-            return  # the daemon has ended, and with it every container that we know of
+            return
+
+
+def revive(engine: Engine) -> None:
+    """Start the holders of containers that the daemon could not start without, and then those."""
+    for holder in holders.found(engine):
+        left_out = [name for name, *_ in holder.users if UNJOINED in _error(engine, name)]
+        if holder.running or not left_out:
+            continue
+        with suppress(NsrunError):  # its gateway is not up: nothing is started, it stays closed
+            labels = engine.inspect(holder.id)["Config"]["Labels"]
+            spec = RunSpec(
+                ("docker", "run", *left_out),
+                holder.gateway,
+                holder.workload,
+                ipv6=labels[holders.IPV6] == "1",
+                isolate=labels[holders.ISOLATE],
+            )
+            resolver = plugging.resolver_of(holder.gateway)
+            with engine.doing("start again"):
+                engine.api.start(holder.id)
+            plugging.plug(engine, holder.id, spec, resolver, pinned=True)
+            with engine.doing("start again"):
+                for name in left_out:
+                    engine.api.start(name)
+
+
+def _error(engine: Engine, container: str) -> str:
+    """Why the daemon last failed to start a container."""
+    return str(engine.inspect(container)["State"]["Error"])
 
 
 def _hear(engine: Engine, news: SimpleQueue[bool]) -> None:
@@ -93,13 +133,27 @@ def _alone(host: str) -> Iterator[bool]:
         path.unlink(missing_ok=True)  # another may have it open, and lock it: two do no harm
 
 
+def _back() -> Engine | None:
+    """The daemon, when it answers again; None if it does not within PATIENCE."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with suppress(NsrunError):
+            return Engine()
+        time.sleep(0.5)  # nothing tells when it is back
+    return None
+
+
 def main() -> None:
-    engine = Engine()
-    while holders.found(engine):  # one that came while we were about to leave has no other keeper
+    engine: Engine | None = Engine()
+    while engine and holders.found(engine):  # one that came while we were about to leave, too
         with _alone(engine.host) as alone:
             if not alone:
                 return
-            keep(engine)
+            with suppress(NsrunError):
+                keep(engine)
+            engine = _back()
+            if engine:
+                revive(engine)
 
 
 if __name__ == "__main__":

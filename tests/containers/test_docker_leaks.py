@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from docker_host import IMAGE, Dockerd
+from docker_host import IMAGE, Dockerd, keepers
 from harness import ROOT
 from lab_helpers import PLAIN_ORACLE, TTP
 from nsrun.lab import control, topology
@@ -173,17 +173,33 @@ def test_when_the_gateway_is_killed_it_closes(engine: Dockerd) -> None:
 
 @pytest.mark.promise("P4")
 def test_when_dockerd_is_restarted_nothing_opens(engine: Dockerd) -> None:
-    """Without live-restore all containers end: ours are not started into another network."""
+    """All containers end; one of a restart policy comes back behind Tor, after its holder."""
     engine.run("--restart", "always", *idle("always"))
     with silent_host(engine):
         engine.stop()
         engine.start()
-        eventually(lambda: not engine.workloads(), "the workload to end", 10)
-        assert engine.docker("exec", "always", *ASK).returncode != 0
-    engine.docker("start", "ttp-always")
-    attach = (TTP, "docker", "attach-network", "-g", engine.lab.name, "always")
-    engine.docker("start", "always")
-    done = engine.do(*attach)
-    assert done.returncode == 0, done.stderr
+        eventually(lambda: engine.workloads() == ["always"], "the keeper to plug it in", 20)
+        eventually(
+            lambda: engine.inspect("always")["State"]["Running"], "the container to start", 10
+        )
     asked = engine.docker("exec", "always", *ASK)
+    assert json.loads(asked.stdout)["IsTor"] is True, asked.stderr
+
+
+@pytest.mark.promise("P4")
+def test_without_keeper_and_gateway_it_stays_closed(engine: Dockerd) -> None:
+    """Nobody plugs it in: what is started by hand has loopback only, until it is attached."""
+    engine.run("--restart", "always", *idle("alone"))
+    for pid in keepers(engine):
+        os.kill(pid, signal.SIGKILL)
+    with silent_host(engine):
+        engine.stop()
+        engine.start()
+        assert engine.inspect("alone")["State"]["Running"] is False
+        engine.docker("start", "ttp-alone")
+        engine.docker("start", "alone")
+        assert engine.docker("exec", "alone", *ASK).returncode != 0
+    done = engine.do(TTP, "docker", "attach-network", "-g", engine.lab.name, "alone")
+    assert done.returncode == 0, done.stderr
+    asked = engine.docker("exec", "alone", *ASK)
     assert json.loads(asked.stdout)["IsTor"] is True, asked.stderr

@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 
-from docker_host import IMAGE, Dockerd
+from docker_host import IMAGE, Dockerd, keepers
 from lab_helpers import PLAIN_ORACLE, TTP
 from nsrun.containers.options import FLAGS, SHORT, VALUES
 from town import eventually
@@ -46,24 +46,6 @@ def test_nothing_is_left_of_it(engine: Dockerd) -> None:
     eventually(lambda: not engine.containers(), "the holder to go")
     eventually(lambda: not engine.workloads(), "the workload to end")
     eventually(lambda: not keepers(engine), "its keeper to end")
-
-
-def keepers(engine: Dockerd) -> list[int]:
-    """Processes that keep this daemon's holders."""
-    return [pid for pid in _python() if f"DOCKER_HOST={engine.host}" in _read(pid, "environ")]
-
-
-def _python() -> list[int]:
-    every = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [pid for pid in every if "nsrun.containers.keeper" in _read(pid, "cmdline")]
-
-
-def _read(pid: int, name: str) -> str:
-    try:
-        with open(f"/proc/{pid}/{name}") as file:
-            return file.read()
-    except OSError:
-        return ""
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+"""Plug a container into a gateway: its network opened, a link plugged in, and looked at."""
+
+from __future__ import annotations
+
+import os
+
+from nsrun.containers import inside
+from nsrun.containers.engine import Engine
+from nsrun.gateway import control
+from nsrun.spec import Plug, RunSpec
+
+
+def plug(engine: Engine, container: str, spec: RunSpec, resolver: str, *, pinned: bool) -> None:
+    """Put a running container behind Tor. Raises NsrunError, and then it is as before.
+
+    ``pinned`` says that it was made with the gateway, at ``resolver``, as its only resolver.
+    """
+    network, pid = engine.network(container)
+    try:
+        told = control.plug(network, spec, Plug(), pid)
+        try:
+            inside.verify(network, pid, told["address"], resolver, ipv6=spec.ipv6, pinned=pinned)
+        except BaseException:
+            control.unplug(spec.gateway, str(spec.name))
+            raise
+    finally:
+        os.close(network)
+
+
+def resolver_of(gateway: str) -> str:
+    """The address of a gateway that is up. Raises AbsentError and GatewayError."""
+    return str(control.ask(gateway, {"do": "inspect"})["address"][0])
