@@ -21,6 +21,10 @@ CURL = ("curl", "-sS", "--max-time", "20")
 TESTS = ("--volume", f"{ROOT}/tests:/tests:ro", "--volume", "/usr:/usr:ro")
 
 
+# as the unit of systemd confines it
+CONFINED = ("setpriv", "--bounding-set=-all,+sys_ptrace,+sys_admin", "--no-new-privs")
+
+
 @dataclass
 class Host:
     """The lab's host: its dockerd, and the driver."""
@@ -53,7 +57,7 @@ class Host:
 
     def start_driver(self) -> None:
         with (self.dockerd.directory / "driver.log").open("ab") as log:
-            command = self.lab.inside("host", TTP, "docker", "driver", "serve")
+            command = self.lab.inside("host", *CONFINED, TTP, "docker", "driver", "serve")
             self.driver = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log)
         socket = Path(f"/proc/{self.driver.pid}/root/run/docker/plugins/ttp.sock")
         eventually(lambda: socket.exists() and self.status()[0] in (0, 1), "the driver", 20)

@@ -143,6 +143,10 @@ def answer(state: State, method: str, request: Any, engine: Engine) -> Answer | 
         return None
     if not isinstance(request, dict):
         raise RefusedError(f"answer {method}", "the request is no object")
+    if not request and METHODS[method] not in (_activate, _capabilities):
+        # Docker 20.10 sends a request again without its body
+        hint = "the driver ended over the first one; do it again"
+        raise RefusedError(f"answer {method}", "the request is empty", hint)
     return METHODS[method](state, request, engine)
 
 

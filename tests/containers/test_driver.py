@@ -195,6 +195,29 @@ def test_without_its_driver_docker_starts_nothing(docker: Host) -> None:
     assert docker.workloads() == []
 
 
+@pytest.mark.promise("P4", "P8")
+def test_a_driver_killed_over_a_request_leaves_nothing(docker: Host) -> None:
+    """Docker asks the next one again, but its second request is empty: the user is told."""
+    supervisor = str(docker.lab.gateway()["pid"])
+    docker.lab.do("kill", "-STOP", supervisor)
+    try:
+        argv = ("docker", "run", "--network", "tor", "--name", "one", IMAGE, "true")
+        environment = docker.dockerd.environment
+        started = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment)
+        known = ("cat", "/run/lab/state/docker-driver.json")
+        eventually(lambda: "172." in docker.inside(*known).partition("endpoints")[2], "a request")
+        docker.stop_driver(signal.SIGKILL)
+    finally:
+        docker.lab.do("kill", "-CONT", supervisor)
+    docker.start_driver()
+    errors = started.communicate(timeout=40)[1]
+    assert started.returncode == 125
+    assert "the driver ended over the first one; do it again" in errors
+    assert (docker.workloads(), docker.states()) == ([], [])
+    docker.docker("start", "one")
+    docker.docker("rm", "--force", "one")
+
+
 @pytest.mark.promise("P1", "P8")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_docker_starts_again(docker: Host, number: int) -> None:

@@ -219,9 +219,11 @@ def test_the_host_s_resolver_is_not_asked(
 
 
 def test_what_is_no_request_is_refused() -> None:
-    """No method, and no object."""
+    """No method, and no object; or an empty one, as Docker sends when the driver has died."""
     assert driver.answer(State(), "NetworkDriver.AllocateNetwork", {}, Engine()) is None
     assert "the request is no object" in refusal(State(), "Join", [])
+    for method in ("Join", "CreateNetwork", "DeleteEndpoint"):
+        assert "do it again" in refusal(JOINED, method, {})
 
 
 def test_the_state_survives() -> None:
