@@ -283,6 +283,23 @@ def test_the_machine_starts_again(docker: Host) -> None:
     assert docker.workloads() == []
 
 
+@pytest.mark.torture
+@pytest.mark.promise("P4", "P8")
+def test_docker_starts_without_its_driver(docker: Host) -> None:
+    """It is late, but comes; and starts nothing that would have no network, or another one."""
+    docker.begin("tor", "always", "--restart", "always")
+    docker.stop(signal.SIGKILL)
+    docker.stop_driver(signal.SIGKILL)
+    begun = time.monotonic()
+    docker.dockerd.start()
+    assert time.monotonic() - begun < 25
+    assert docker.docker("ps", "--quiet") == ""
+    docker.start_driver()
+    docker.docker("start", "always")
+    assert docker.is_behind_tor("always")
+    assert len(docker.workloads()) == 1
+
+
 @pytest.mark.promise("P4")
 def test_without_its_gateway_a_container_has_no_network(docker: Host) -> None:
     """The wire tells; when the gateway is there again, so is the network of the next start."""
