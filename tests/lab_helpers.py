@@ -12,6 +12,7 @@ from typing import Any
 
 from harness import ROOT
 from nsrun.lab import topology
+from nsrun.leak.bench import AMONG_MACHINES, MACHINES, NEIGHBOURS
 from nsrun.leak.capture import Tap, tap
 from nsrun.leak.verdict import Neighbours, TcpToRelays
 
@@ -92,12 +93,12 @@ class Lab:
         relays = self.status()["relays"]
         assert isinstance(relays, dict)
         ports = {(a, topology.OR_PORT) for addresses in relays.values() for a in addresses}
-        return [TcpToRelays(frozenset(ours), frozenset(ports)), self.neighbours(*ours)]
+        look = Neighbours(frozenset((*ours, *NEIGHBOURS)), frozenset(NEIGHBOURS))
+        return [TcpToRelays(frozenset(ours), frozenset(ports)), look, AMONG_MACHINES]
 
     def neighbours(self, *ours: str) -> Neighbours:
-        """The router and ``ours`` look for each other now and then, whatever is sent."""
-        router = (topology.ROUTER, topology.ROUTER6, topology.ROUTER_LINK)
-        return Neighbours(frozenset((*ours, *router, topology.HOST_LINK)), frozenset(router))
+        """The lab's machines and ``ours`` look for each other now and then, whatever is sent."""
+        return Neighbours(frozenset((*ours, *MACHINES)), frozenset(NEIGHBOURS))
 
     @contextmanager
     def other_gateway(

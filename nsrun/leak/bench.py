@@ -29,6 +29,11 @@ SECONDS = 240.0  # for all probes of one sender, on a busy machine
 NEIGHBOURS = (topology.ROUTER, topology.ROUTER6, topology.ROUTER_LINK)
 LAN = (topology.RESOLVER, topology.RESOLVER6, topology.LAN_WEB, topology.LAN_WEB6)
 OPEN_LINK = ("192.168.77.51", "2001:db8:77::51")
+MACHINES = (
+    *(*NEIGHBOURS, *LAN, topology.METADATA, *OPEN_LINK),
+    *(topology.HOST, topology.HOST6, topology.HOST_LINK),
+)
+AMONG_MACHINES = Neighbours(frozenset(MACHINES), frozenset(NEIGHBOURS))
 DOORS_TCP, DOORS_UDP = (22, 9050, 9051), (7,)
 SOCKETS = (
     "/run/systemd/resolve/io.systemd.Resolve",
@@ -64,15 +69,14 @@ class Bench:
         ]
 
     def allowed(self) -> dict[str, Sequence[Rule]]:
-        """What each wire may carry: of the gateway's, Tor; and of all, that the lab's router and
-        hosts look for each other, and for a gateway that was there.
+        """What each wire may carry: of the gateway's, Tor; and of all, what the machines of the lab
+        ask for each other, which for some seconds they also do after what came before a test.
         """
-        own = (*NEIGHBOURS, *OPEN_LINK)
-        host = (topology.HOST, topology.HOST6, topology.HOST_LINK)
+        own = self.rules(topology.GATEWAY, topology.GATEWAY6)
         return {
-            "gateway": self.rules(topology.GATEWAY, topology.GATEWAY6, neighbours=own),
-            "host": [Neighbours(frozenset((*own, *host)), frozenset(NEIGHBOURS))],
-            "lan": [Neighbours(frozenset((*own, *LAN, topology.METADATA)), frozenset(NEIGHBOURS))],
+            "gateway": [*own, AMONG_MACHINES],
+            "host": [AMONG_MACHINES],
+            "lan": [AMONG_MACHINES],
         }
 
     def world(self, known: dict[str, Any], outside: int, **who: str) -> World:

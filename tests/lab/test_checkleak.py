@@ -37,7 +37,7 @@ def test_every_check_is_contained_and_no_wire_saw_it(lab: Lab) -> None:
         done = lab.do(TTP, "check-leak", "--gateway", lab.name, "--json")
         verdicts = [
             judge("uplink", uplink.stop(), lab.rules(*ours), expect_some=True),
-            judge("host", host.stop(), [lab.neighbours(topology.HOST, topology.HOST6)]),
+            judge("host", host.stop(), [lab.neighbours()]),
         ]
     assert {verdict.value for verdict in verdicts} == {Value.CONTAINED}, as_text(verdicts)
     assert done.returncode == 0, done.stdout + done.stderr

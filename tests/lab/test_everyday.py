@@ -396,7 +396,7 @@ def test_all_of_them_were_contained(lab: Lab, depot: object, wires: tuple[Tap, T
     gateway = (topology.GATEWAY, topology.GATEWAY6)
     verdicts = [
         judge("uplink", uplink.stop(), lab.rules(*gateway), expect_some=True),
-        judge("host", host.stop(), [lab.neighbours(topology.HOST, topology.HOST6)]),
+        judge("host", host.stop(), [lab.neighbours()]),
     ]
     assert {verdict.value for verdict in verdicts} == {Value.CONTAINED}, as_text(verdicts)
 

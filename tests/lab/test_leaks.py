@@ -41,7 +41,7 @@ def test_no_probe_is_on_any_wire(lab: Lab) -> None:
         assert lab.run(*CURL, ORACLE).returncode == 0
         verdicts = [
             judge("uplink", uplink.stop(), lab.rules(*gateway), expect_some=True),
-            judge("host", host.stop(), [lab.neighbours(topology.HOST, topology.HOST6)]),
+            judge("host", host.stop(), [lab.neighbours()]),
         ]
     assert {verdict.value for verdict in verdicts} == {Value.CONTAINED}, as_text(verdicts)
     results = json.loads(sent.stdout)
