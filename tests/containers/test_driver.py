@@ -38,13 +38,15 @@ def test_nothing_of_a_container_is_on_any_wire(docker: Host) -> None:
     """Every probe, and traffic by Tor around them: only Tor's is on a wire."""
     lab = docker.lab
     gateway = (topology.GATEWAY, topology.GATEWAY6)
+    host_and_lan = (topology.HOST, topology.HOST6, topology.RESOLVER, topology.LAN_WEB)
     with lab.tap("router", f"gw-{lab.name}") as uplink, lab.tap("router", "p-host") as host:
         assert by_tor(docker.run("tor", *CURL, PLAIN_ORACLE))
         sent = json.loads(docker.run("tor", *PROBE))
         assert by_tor(docker.run("tor", *CURL, PLAIN_ORACLE))
         verdicts = [
             judge("uplink", uplink.stop(), lab.rules(*gateway), expect_some=True),
-            judge("host", host.stop(), []),
+            # whom a container without a guard asked before, on the LAN, the host looks for again
+            judge("host", host.stop(), [lab.neighbours(*host_and_lan)]),
         ]
     assert {verdict.value for verdict in verdicts} == {Value.CONTAINED}, as_text(verdicts)
     assert set(sent) == set(PROBES)
