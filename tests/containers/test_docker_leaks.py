@@ -203,3 +203,25 @@ def test_without_keeper_and_gateway_it_stays_closed(engine: Dockerd) -> None:
     assert done.returncode == 0, done.stderr
     asked = engine.docker("exec", "alone", *ASK)
     assert json.loads(asked.stdout)["IsTor"] is True, asked.stderr
+
+
+@pytest.mark.promise("P1")
+def test_with_live_restore_a_container_outlives_dockerd(engine: Dockerd) -> None:
+    """While the daemon is away, and when it is back, it is behind Tor as before."""
+    before, engine.options = engine.options, ("--live-restore",)
+    try:
+        engine.stop()
+        engine.start()
+        engine.run(*idle("living"))
+        told = engine.listed()
+        with silent_host(engine):
+            engine.stop()
+            assert engine.listed() == told
+            engine.start()
+            asked = engine.docker("exec", "living", *ASK)
+        assert json.loads(asked.stdout)["IsTor"] is True, asked.stderr
+        engine.clear()
+    finally:
+        engine.stop()
+        engine.options = before
+        engine.start()
