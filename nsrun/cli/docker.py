@@ -47,6 +47,7 @@ def run(
     from nsrun.containers import holders, options
 
     wanted = options.parse(arguments)
+    _need_root()
     engine = _engine()
     spec = RunSpec(
         ("docker", "run", wanted.image, *wanted.command),
@@ -100,6 +101,7 @@ def attach_network(
     """
     from nsrun.containers import doors, holders, options, plugging
 
+    _need_root()
     engine = _engine()
     made = engine.inspect(container)
     limits = made["HostConfig"]
@@ -122,6 +124,13 @@ def attach_network(
     plugging.plug(
         engine, held.id if held else made["Id"], spec, _ready(spec), pinned=held is not None
     )
+
+
+def _need_root() -> None:
+    """Before a gateway is started that could not be plugged in. Raises UsageError."""
+    if os.geteuid() != 0:
+        cause = "only root can reach into the network of one"
+        raise UsageError("put a container behind Tor", cause, "use sudo")
 
 
 def _engine() -> Engine:

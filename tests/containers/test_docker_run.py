@@ -281,3 +281,16 @@ def test_inside_there_is_nothing_but_the_link(engine: Dockerd) -> None:
     assert "PermissionError" in done.stderr
     lan = engine.docker("run", "--rm", IMAGE, "curl", "-sS", "http://192.168.77.80/")
     assert "LAN web server" in lan.stdout  # control
+
+
+def test_who_is_not_root_is_told_so(as_user: list[str]) -> None:
+    """At once: no gateway is started that could not be plugged in."""
+    for words in (("run", "--", "image"), ("attach-network", "one")):
+        done = subprocess.run(
+            [*as_user, TTP, "docker", *words], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == (125 if words[0] == "run" else 2)
+        assert done.stderr == (
+            "ttp: cannot put a container behind Tor: only root can reach into the network of one\n"
+            "hint: use sudo\n"
+        )
