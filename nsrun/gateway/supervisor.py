@@ -68,7 +68,7 @@ class Supervisor:
         self._starter, self._deserted = starter, False
         self._dead: dict[str, StartTor | StartUplink] = {}
         self._retry: asyncio.TimerHandle | None = None
-        self._place = ""
+        self._place, self._was_elsewhere = "", False
         self._look: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._stop = asyncio.Event()
@@ -125,7 +125,7 @@ class Supervisor:
     def _start_uplink(self, step: StartTor | StartUplink) -> uplink.Running:
         assert isinstance(step, StartUplink)
         gateway = self.machine.namespaces["gateway"]
-        self._place = roaming.place()
+        self._place, self._was_elsewhere = roaming.place(), False
         self.uplink = uplink.choose(step.candidates, self.spec.name, gateway, self.log_path)
         if self.uplink.pidfd is not None:
             self._loop.add_reader(self.uplink.pidfd, self._uplink_died, step)
@@ -193,6 +193,7 @@ class Supervisor:
 
     def _network_changed(self, network: socket.socket) -> None:
         roaming.drain(network)
+        self._was_elsewhere |= roaming.moved(self._place, roaming.place())  # it may soon be back
         if self._look is None:
             self._look = self._loop.call_later(SETTLE, self._look_around)
 
@@ -205,7 +206,7 @@ class Supervisor:
         before, now = self._place, roaming.place()
         self._place = now or before
         outside = self.uplink is None or self.uplink.kind != "lab"
-        if outside and roaming.moved(before, now):
+        if outside and now and (self._was_elsewhere or roaming.moved(before, now)):
             log.info("the host is in another network")
             self._uplink_died(StartUplink(self.spec.uplinks))
 
