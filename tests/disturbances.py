@@ -323,17 +323,22 @@ def on_host(lab: Lab, seed: int) -> Iterator[Scene]:
     fragment = lab.home / "fragment"
     fragment.write_text(str(lab.status()["client_torrc"]))
     fragment.chmod(0o644)
-    switch = "net.ipv6.conf.eth0.disable_ipv6"
-    lab.do(*lab.inside_argv("router", "sysctl", "-qw", "net.ipv6.conf.p-host.disable_ipv6=1"))
+    switches = {
+        "host": "net.ipv6.conf.eth0.disable_ipv6",
+        "router": "net.ipv6.conf.p-host.disable_ipv6",
+    }
+    for place, switch in switches.items():
+        lab.do(*lab.inside_argv(place, "sysctl", "-qw", f"{switch}=1"))
     scene.host("mkdir", "-p", scene.state)
     scene.host("mount", "-t", "tmpfs", "-o", "size=8m,mode=711", "none", scene.state)
-    scene.host("sysctl", "-qw", f"{switch}=1")
     try:
         yield scene
     finally:
         scene.host("umount", scene.state)
-        scene.host("sysctl", "-qw", f"{switch}=0")
-        scene.host("ip", "address", "add", f"{topology.HOST6}/64", "dev", "eth0", "nodad")
+        for place, switch in switches.items():
+            lab.do(*lab.inside_argv(place, "sysctl", "-qw", f"{switch}=0"))
+        for address in (topology.HOST6, topology.HOST_LINK):
+            scene.host("ip", "address", "add", f"{address}/64", "dev", "eth0", "nodad")
         scene.host("ip", "route", "replace", "default", "via", topology.ROUTER6, "dev", "eth0")
 
 

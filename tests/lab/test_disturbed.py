@@ -60,6 +60,7 @@ def inventory(lab: Lab) -> list[str]:
     """What a gateway could leave on the host."""
     looks = (
         ("ip", "-br", "link"),
+        ("sh", "-c", "ip -o address | sort"),
         ("ip", "-4", "route"),
         ("nft", "list", "tables"),
         ("cat", "/proc/mounts"),
