@@ -38,10 +38,15 @@ def _host_stays_as_it_is() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _hear_ctrl_c() -> None:
-    """A shell's job in the background ignores it, and so would all that the tests start."""
+def _hear_signals() -> None:
+    """What a job in the background, or nohup(1), ignores, all that the tests start would, too."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGQUIT, signal.SIGHUP):
+        if (
+            signal.getsignal(number) is signal.SIG_IGN
+        ):  # in a program, a handler becomes the default
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -91,6 +91,9 @@ class Streams:
             if identity in ("", who) and target in ("", where)
         }
 
+    def targets(self, identity: str) -> set[str]:
+        return {where for who, where, _ in self.seen if who == identity}
+
     @property
     def identities(self) -> set[str]:
         return {who for who, _, _ in self.seen}
@@ -172,11 +175,13 @@ def test_by_destination_two_places_share_no_circuit(lab: Lab, proxy: tuple[str, 
             by.fetch("-k", *proxy, place)
             plain.fetch("-k", place)
         who, other = by.identity, plain.identity
-    targets = {where for identity, where, _ in found.seen if identity == who}
+    targets = found.targets(who)
     sets = [found.circuits(who, target) for target in targets]
     assert len(targets) == 4  # the name looked up, and three places, of which one is its address
     assert sum(map(len, sets)) == len(set.union(*sets)), found
-    assert len(found.circuits(other)) < 3, "control: without the option they share circuits"
+    # Tor may try one stream on several circuits, so that their number alone says nothing
+    shared = [found.circuits(other, target) for target in found.targets(other)]
+    assert sum(map(len, shared)) > len(set.union(*shared)), f"control: they share some: {found}"
 
 
 @pytest.mark.promise("P7")
