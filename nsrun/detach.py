@@ -31,6 +31,7 @@ end="{\\"exit_code\\": $?}"
 echo "$end" 1<>/proc/$$/fd/$held
 echo "$end" >&0
 """
+UNTOLD = 1  # exit code when the command runs, but its name could not be told
 START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from nsrun.detach import main; main()"
 
 
@@ -64,7 +65,11 @@ def leave(arguments: list[str], gateway: str, status_fd: int) -> NoReturn:
     with os.fdopen(reading) as pipe:
         said = dict(line.split() for line in pipe)
     if "name" in said and "failed" not in said:
-        os.write(1, f"{said['name']}\n".encode())
+        try:
+            os.write(1, f"{said['name']}\n".encode())
+        except OSError as error:
+            doing = f"say that the workload {said['name']} runs"
+            raise client.RefusedError(doing, str(error.strerror), "", UNTOLD) from None
         raise SystemExit(0)
     if "name" in said:
         record = records.Record(records.directory(gateway) / said["name"])

@@ -129,6 +129,8 @@ class RunSpec:
         for name in (self.name, self.join):
             if name is not None:
                 check_name("workload", name)
+        if self.workdir == "":
+            raise UsageError("run in the directory ''", "it has no name")
         if self.pcap == "-":
             cause = "standard output is the command's"
             raise UsageError("write the capture to -", cause, "a file; or --pcap /dev/stdout")

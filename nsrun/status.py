@@ -18,7 +18,7 @@ def check(fd: int, ours: Collection[int]) -> None:
             raise OSError
         if fd >= 0:
             os.fstat(fd)
-    except OSError:
+    except (OSError, OverflowError):  # the latter: more than a C int
         doing, hint = f"use --json-status-fd {fd}", f"open it, for instance: ttp run … {fd}>FILE"
         raise RefusedError(doing, "it is not open", hint, RUN_FAILED) from None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -68,6 +70,8 @@ def main() -> NoReturn:
     completion.answer_if_asked()
     try:
         code = app(prog_name="ttp", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # now: at the end of Python it would be too late to say why not
     except NsrunError as error:
         if debug:
             traceback.print_exc()
@@ -83,12 +87,22 @@ def main() -> NoReturn:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+            sys.exit(_unread(error, passing))
         hint = "run with --debug for a traceback, and report it"
         cause = f"{type(error).__name__}: {error}"
         code = _fail(f"an unforeseen error: {cause}", hint, ExitCode.FAILED, passing)
     if code == ExitCode.INTERRUPTED:
         raise KeyboardInterrupt  # nsrun/client.py has the last word
     sys.exit(code)
+
+
+def _unread(error: OSError, passing: bool) -> int:
+    """What we print is not read, or not kept. A reader who has seen enough needs no word on it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would complain at its end, once more
+    if error.errno == errno.EPIPE:
+        return ExitCode.FAILED
+    return _fail(f"cannot print: {error.strerror}", "", ExitCode.FAILED, passing)
 
 
 def _fail(message: str, hint: str, code: int, passing: bool) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nsrun import enter
-from nsrun.cli import leak, output
+from nsrun.cli import leak, output, workload
 from nsrun.errors import ExitCode, NsrunError
 
 if TYPE_CHECKING:
@@ -28,7 +28,12 @@ UNSEEN = (
 
 Gateway = Annotated[
     str | None,
-    typer.Option("--gateway", "-g", help="Name of the gateway to check; else that of ttp run."),
+    typer.Option(
+        "--gateway",
+        "-g",
+        callback=workload.named,
+        help="Name of the gateway to check; else that of ttp run.",
+    ),
 ]
 
 
@@ -51,7 +56,7 @@ def check_leak(
     if Path(enter.WORKLOAD_MARK).exists():
         around, command = Machine(), inside
     else:
-        chosen = ("--gateway", gateway) if gateway else ()
+        chosen = ("--gateway", gateway) if gateway is not None else ()
         around, command = look(), (leak.program(), "run", *chosen, "--", *inside)
     found = []
     for one in _findings(command, around):

@@ -77,7 +77,7 @@ def status(
 
     from nsrun.lab import control
 
-    found = [control.status(one) for one in ([name] if name else control.names())]
+    found = [control.status(one) for one in ([name] if name is not None else control.names())]
     if as_json:
         print(
             json.dumps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import secrets
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nsrun.errors import UsageError
+from nsrun.errors import NsrunError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,6 +75,12 @@ def leaktest(
     if list_:
         _list(probes)
         return
+    if fuzz and (wanted or defect or junit):
+        cause = "random packets are sent instead of probes, to a gateway without a defect"
+        raise UsageError("make probes and --fuzz", cause, "leave out probes, --defect and --junit")
+    for file in filter(None, (junit, pcap)):
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise UsageError(f"write {file}", "that is not possible there")
     described = control.describe(lab)
     if not described.gateway:
         raise UsageError(f"test in the lab {lab}", "it has no gateway", f"ttp lab up {lab}")
@@ -91,11 +98,9 @@ def leaktest(
             case one:
                 found, verdicts = battery.flawed(bench, lab, one, probes, _say)
     seconds = time.monotonic() - began
-    if junit is not None:
-        junit.write_text(results.as_junit(found))
-    if pcap is not None:
-        pcap.write_bytes(results.evidence(verdicts))
     print(results.as_json(found, verdicts) if as_json else _table(found, verdicts, seconds))
+    _keep(junit, results.as_junit(found).encode())
+    _keep(pcap, results.evidence(verdicts))
     if results.worst(found) is not Value.CONTAINED:
         raise typer.Exit(1)
 
@@ -107,8 +112,6 @@ def _fuzz(bench: Bench, count: int, seed: int | None, as_json: bool, pcap: Path 
 
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     found = fuzzing.fuzz(bench, bench.lab.name, seed, count, _say)
-    if pcap is not None:
-        pcap.write_bytes(results.evidence(found.verdicts))
     if as_json:
         fields = {name: getattr(found, name) for name in ("value", "seed", "sent", "control")}
         print(json.dumps({**fields, "reason": found.reason, **as_dict(found.verdicts)}, indent=2))
@@ -119,8 +122,18 @@ def _fuzz(bench: Bench, count: int, seed: int | None, as_json: bool, pcap: Path 
             f"without the guard {found.control} were on the wire"
             + (f"; {found.reason}" if found.reason else "")
         )
+    _keep(pcap, results.evidence(found.verdicts))
     if found.value is not Value.CONTAINED:
         raise typer.Exit(1)
+
+
+def _keep(file: File, content: bytes) -> None:
+    """After the verdict has been told: that is not to be lost with a file."""
+    try:
+        if file is not None:
+            file.write_bytes(content)
+    except OSError as error:
+        raise NsrunError(f"write {file}", error.strerror) from error
 
 
 def _chosen(wanted: Sequence[str]) -> list[Probe]:

@@ -60,7 +60,7 @@ Socks = Annotated[
     ),
 ]
 Pcap = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--pcap",
         metavar="FILE",
@@ -127,11 +127,13 @@ def request(
     env: Env = None,
     env_file: EnvFile = None,
     timeout: TimeLimit = 0.0,
-    pcap: Pcap = "",
+    pcap: Pcap = None,
     detach: Detach = False,
     json_status_fd: StatusFd = None,
 ) -> RunSpec:
     """The options of every command that runs something: what the command line says, as a value."""
+    if pcap == "":
+        raise UsageError("record in the file ''", "it has no name")
     if allow_socket and not strict:
         raise UsageError("allow a socket", "without --strict none is forbidden", "add --strict")
     return RunSpec(
@@ -149,7 +151,7 @@ def request(
         env_files=tuple(env_file or ()),
         timeout=timeout,
         strict=Strict(tuple(allow_socket or ())) if strict else None,
-        pcap=pcap,
+        pcap=pcap or "",
         detach=detach,
         status_fd=-1 if json_status_fd is None else json_status_fd,
     )

@@ -17,13 +17,22 @@ from nsrun.cli.completion import workloads
 from nsrun.client import visible
 from nsrun.errors import GatewayError, NsrunError, UsageError
 from nsrun.inventory import Found
+from nsrun.spec import check_name
 
 Name = Annotated[
     str,
     typer.Argument(help="Name of the workload, as ttp ps shows it.", autocompletion=workloads),
 ]
+
+
+def named(gateway: str | None) -> str | None:
+    """An empty name is none: a variable that is not set in a script, and not the default."""
+    return gateway if gateway is None else check_name("gateway", gateway)
+
+
 Gateway = Annotated[
-    str | None, typer.Option("--gateway", "-g", help="Only of this gateway; else of all.")
+    str | None,
+    typer.Option("--gateway", "-g", callback=named, help="Only of this gateway; else of all."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

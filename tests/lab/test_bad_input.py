@@ -180,6 +180,13 @@ def test_a_clock_that_is_far_off(lab: Lab, skew: str, words: str) -> None:
         (["gateway", "logs", "nobody-knows"], 2, "it never ran"),
         (["lab", "down", "nobody-knows"], 2, "there is none"),
         (["ps", "-g", "nobody-knows"], 2, "it is not up"),
+        (["ps", "-g", ""], 2, "use '' as the name of a gateway"),
+        (["check-leak", "-g", ""], 2, "use '' as the name of a gateway"),
+        (["lab", "status", ""], 2, "use '' as the name of a lab"),
+        (["run", "-g", "nobody-knows", "--pcap", "", "--", "true"], 125, "record in the file ''"),
+        (["run", "-g", "nobody-knows", "--workdir", "", "--", "true"], 125, "it has no name"),
+        (["leaktest", "--fuzz", "2", "udp"], 2, "random packets are sent instead of probes"),
+        (["leaktest", "--junit", "/no/such/x", "udp"], 2, "cannot write /no/such/x"),
         (["nonsense"], 2, "no such command 'nonsense'"),
         (["run"], 125, "missing"),
     ],
@@ -187,6 +194,22 @@ def test_a_clock_that_is_far_off(lab: Lab, skew: str, words: str) -> None:
 def test_who_is_not_known(lab: Lab, argv: list[str], code: int, words: str) -> None:
     """A wrong request is 2, or 125 where the command's own codes begin."""
     refused(lab.ttp(*argv), code, words)
+
+
+def test_what_is_printed_cannot_be_kept_or_is_not_read(lab: Lab) -> None:
+    """A full disk is told of; whoever reads but the first line need not hear that there is more."""
+
+    def shell(script: str) -> subprocess.CompletedProcess[str]:
+        return lab.do("sh", "-c", script, TTP, lab.name)
+
+    for words in ("ps", "--version", "leaktest --list"):
+        refused(shell(f'"$0" {words} >/dev/full'), 1, "cannot print: No space left on device")
+    done = shell('{ "$0" leaktest --list; echo $? >&2; } | head -1')
+    assert (done.stdout.count("\n"), done.stderr) == (1, "1\n")
+    done = shell('"$0" run -g "$1" --detach --name untold -- sleep 100 >/dev/full')
+    refused(done, 1, "cannot say that the workload untold runs")
+    for verb in ("kill -s KILL", "wait", "rm"):
+        shell(f'"$0" {verb} untold')
 
 
 def test_a_command_or_a_user_that_is_not_known(lab: Lab) -> None:
