@@ -16,6 +16,8 @@ from nsrun import __version__, client, enter
 from nsrun.cli import check, completion, config, docker, doctor, gateway, lab, leak, run, workload
 from nsrun.errors import ExitCode, NsrunError, UsageError
 
+UNREAD = (errno.EPIPE, errno.ENOSPC)  # of what has no name, as standard output
+
 app = typer.Typer(
     name="ttp",
     help="Put a command behind Tor, and prove that nothing leaks.",
@@ -87,7 +89,7 @@ def main() -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+        if isinstance(error, OSError) and not error.filename and error.errno in UNREAD:
             sys.exit(_unread(error, passing))
         hint = "run with --debug for a traceback, and report it"
         cause = f"{type(error).__name__}: {error}"

@@ -20,6 +20,7 @@ from nsrun.lab.description import Description
 from nsrun.leak.broken import Defect
 from nsrun.leak.capture import tap
 from nsrun.leak.field import Found, Order
+from nsrun.leak.inside import SOCKETS
 from nsrun.leak.probes import Outcome, Probe, World
 from nsrun.leak.results import Made
 from nsrun.leak.verdict import Neighbours, Rule, TcpToRelays
@@ -35,14 +36,6 @@ MACHINES = (
 )
 AMONG_MACHINES = Neighbours(frozenset(MACHINES), frozenset(NEIGHBOURS))
 DOORS_TCP, DOORS_UDP = (22, 9050, 9051), (7,)
-SOCKETS = (
-    "/run/systemd/resolve/io.systemd.Resolve",
-    "/run/nscd/socket",
-    "/run/avahi-daemon/socket",
-    "/run/dbus/system_bus_socket",
-    "/run/docker.sock",
-    "/run/systemd/private",
-)
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from nsrun.spec import RunSpec
 
 FILE = """
 [run]
-gateway = "work"
+gateway = "office"
 bootstrap-timeout = 20
 
 [gateway]
 idle = 60
 uplink = ["slirp4netns", "pasta"]
 
-[gateway.work]
+[gateway.office]
 torrc = "bridges"
 """
 
@@ -53,14 +53,14 @@ def file(user_home: Path) -> Path:
 def test_every_setting_says_where_it_comes_from(as_user: list[str], file: Path) -> None:
     """Variable before file, file before default, a gateway's own part before that of all."""
     found = shown(as_user, TTP_IDLE="30", TTP_NO_IPV6="yes", TTP_LAB="x", TTP_STATE_DIR="/s")
-    assert found["run", "gateway"] == ("work", str(file))
+    assert found["run", "gateway"] == ("office", str(file))
     assert found["run", "bootstrap-timeout"] == (20, str(file))
     assert found["run", "no-ipv6"] == (True, "TTP_NO_IPV6")
     assert found["run", "user"] == (None, "default")
     assert found["gateway", "torrc"] == (None, "default")
     assert found["gateway", "uplink"] == (["slirp4netns", "pasta"], str(file))
-    assert found["gateway.work", "torrc"] == (str(file.with_name("bridges")), str(file))
-    assert found["gateway.work", "idle"] == (30, "TTP_IDLE")
+    assert found["gateway.office", "torrc"] == (str(file.with_name("bridges")), str(file))
+    assert found["gateway.office", "idle"] == (30, "TTP_IDLE")
     assert found["lab", "lab"] == ("x", "TTP_LAB")
     assert found["directories", "state"] == ("/s", "TTP_STATE_DIR")
     table = ask(as_user, "config", "show").stdout
@@ -78,12 +78,12 @@ def test_the_command_line_comes_first(as_user: list[str], file: Path) -> None:
     assert "slirp4netns --configure" in planned()
     assert "slirp4netns --configure" not in planned(TTP_UPLINK="pasta")
     assert "address add fd74" in planned()
-    assert "/work/tor" in planned(TTP_IDLE="3")
+    assert "/office/tor" in planned(TTP_IDLE="3")
     assert "/else/tor" in planned(TTP_GATEWAY="default", TTP_STATE_DIR="/else").replace(
         "/gateways/default", ""
     )
     file.write_text(FILE + "[gateway.other]\n")
-    assert "/other/tor" in planned("--gateway", "other", TTP_GATEWAY="work")
+    assert "/other/tor" in planned("--gateway", "other", TTP_GATEWAY="office")
 
 
 def test_the_system_has_a_file_and_its_user_another(as_user: list[str], file: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_system_has_a_file_and_its_user_another(as_user: list[str], file: Pa
     alone = shown(prefix)
     assert alone["run", "gateway"] == ("system", "/etc/ttp/config.toml")
     both = shown(prefix, TTP_CONFIG=str(file))
-    assert both["run", "gateway"] == ("work", str(file))
+    assert both["run", "gateway"] == ("office", str(file))
     assert both["run", "no-ipv6"] == (True, "/etc/ttp/config.toml")
     paths = ask(prefix, "config", "path", TTP_CONFIG=str(file)).stdout.splitlines()
     assert paths == ["/etc/ttp/config.toml", str(file)]
