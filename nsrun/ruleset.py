@@ -1,9 +1,8 @@
 """The nftables ruleset: a policy and a capture point in, the text of whole tables out. Pure.
 
-One renderer serves every target. They differ in where packets are caught:
-
-FromInterface   packets arrive on a wire we own (a command's or a container's link)
-OwnOutput       packets are born in this namespace (the whole host), Tor's own excepted
+These are the rules for packets that arrive on a wire we own, a command's or a container's link.
+For those that are born in this namespace, the whole host's, nsrun.host.rules has the rules and
+this module the words.
 
 Every rule's comment begins with the promise it keeps (docs/threat-model.md), so that
 ``nft list ruleset`` explains itself and a reader of the kernel's state can check it.
@@ -53,47 +52,17 @@ class FromInterface:
     prefix: str
     uplink: str
 
-    nat_hook = "prerouting priority -100"
-    rest_hook = "prerouting priority -90"
-
     @property
     def caught(self) -> str:
         return f'iifname "{self.prefix}*" '
-
-    def exempt(self) -> Iterator[str]:
-        yield from ()
-
-
-@dataclass(frozen=True)
-class OwnOutput:
-    """Packets born in this namespace, but for those of Tor's own user.
-
-    Caught is whatever is not exempted, so that packets without a socket (resets, ICMP errors),
-    which no match on a user can see, are caught too. Loopback is exempted by interface, never
-    by address. What was redirected to loopback must pass by its conntrack status: the output
-    hook still sees the interface from before the redirect.
-    """
-
-    tor_uid: int
-
-    nat_hook = "output priority -100"
-    rest_hook = "output priority 0"
-    caught = ""
-
-    def exempt(self) -> Iterator[str]:
-        yield _rule("P4 loopback, by interface", 'oifname "lo" accept')
-        yield _rule("P1 Tor itself leaves", f"meta skuid {self.tor_uid} meta l4proto tcp accept")
-
-
-Capture = FromInterface | OwnOutput
 
 
 @dataclass(frozen=True)
 class Policy:
     """What is let through, and where to: Tor's listeners and the ranges that mean .onion.
 
-    ``gateway`` is the address of a gateway, and ``connections4`` and ``connections6`` are the
-    identities of single connections there; all three are of no use on a host.
+    ``gateway`` is its address; ``connections4`` and ``connections6`` are the identities of single
+    connections.
     ``tor_uid`` is the user that Tor runs as, in the user namespace that loads the rules.
     """
 
@@ -129,36 +98,28 @@ def gateway_policy(block: AddressBlock, tor_uid: int) -> Policy:
     )
 
 
-def render(policy: Policy, at: Capture) -> str:
+def render(policy: Policy, at: FromInterface) -> str:
     """The whole table, to be loaded by one ``nft -f -``: it replaces an older one in one step.
 
     Replacing takes the kernel 13 ms; the tables for namespaces that are new are without it.
     """
-    chains = [
-        _chain("catch", "nat", at.nat_hook, "accept", _redirects(policy, at)),
-        _chain("rest", "filter", at.rest_hook, "accept", _refusals(at)),
-        _chain("forward", "filter", "forward priority 0", "drop"),
-    ]
-    if isinstance(at, FromInterface):
-        chains += [
-            _chain("sources", "filter", "prerouting priority -300", "accept", _sources(at)),
-            _chain("identity", "nat", "input priority 100", "accept", _identities(policy)),
-            _chain("input", "filter", "input priority 0", "drop", _input(at)),
-            _chain("output", "filter", "output priority 0", "drop", _output(policy, at)),
-        ]
-        body = _sets() + "".join(chains)
-    else:
-        body = "".join(chains)
-    name = policy.table
-    # `table` first, so that `delete` never fails; nft 1.0.6 knows no `destroy`
-    return f"table inet {name}\ndelete table inet {name}\n" + _table(name, body)
+    chains = (
+        chain("catch", "nat", "prerouting priority -100", "accept", _redirects(policy, at)),
+        chain("rest", "filter", "prerouting priority -90", "accept", _refusals(at)),
+        chain("forward", "filter", "forward priority 0", "drop"),
+        chain("sources", "filter", "prerouting priority -300", "accept", _sources(at)),
+        chain("identity", "nat", "input priority 100", "accept", _identities(policy)),
+        chain("input", "filter", "input priority 0", "drop", _input(at)),
+        chain("output", "filter", "output priority 0", "drop", _output(policy, at)),
+    )
+    return replacing(policy.table, _sets() + "".join(chains))
 
 
 def render_closed(table: str = "ttp") -> str:
     """The table of a new namespace to start from: not one packet, by loopback neither (P4)."""
     hooks = ("input", "forward", "output")
     return _table(
-        table, "".join(_chain(hook, "filter", f"{hook} priority 0", "drop") for hook in hooks)
+        table, "".join(chain(hook, "filter", f"{hook} priority 0", "drop") for hook in hooks)
     )
 
 
@@ -237,51 +198,48 @@ def outline(text: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _redirects(policy: Policy, at: Capture) -> Iterator[str]:
+def _redirects(policy: Policy, at: FromInterface) -> Iterator[str]:
     """DNS before anything, whatever its address: a resolver on the LAN is a resolver. Then .onion,
     whose virtual addresses are private ones, and proxies, which are looked for on loopback; then
     private addresses fall through to be refused."""
-    yield from at.exempt()
-    if isinstance(at, FromInterface):
-        port = "iifname . tcp dport map @proxies"
-        yield _rule(
-            "P5 Tor's proxies, for links that asked for them",
-            f"{at.caught}ip daddr 127.0.0.1 meta l4proto tcp dnat ip to {policy.gateway}:{port}",
-        )
+    port = "iifname . tcp dport map @proxies"
+    yield rule(
+        "P5 Tor's proxies, for links that asked for them",
+        f"{at.caught}ip daddr 127.0.0.1 meta l4proto tcp dnat ip to {policy.gateway}:{port}",
+    )
     families = (
         ("ipv4", "ip", policy.dns4, policy.trans4, policy.automap4, PRIVATE4),
         ("ipv6", "ip6", policy.dns6, policy.trans6, policy.automap6, PRIVATE6),
     )
     for name, ip, dns, trans, automap, private in families:
-        yield _rule(
+        yield rule(
             f"P2 DNS goes to Tor, {name}",
             f"{at.caught}meta nfproto {name} udp dport 53 dnat {ip} to {dns}",
         )
-        yield _rule(
+        yield rule(
             f"P1 .onion goes to Tor, {name}",
             f"{at.caught}{ip} daddr {automap} meta l4proto tcp dnat {ip} to {trans}",
         )
-        yield _rule(
+        yield rule(
             f"P5 private addresses are refused below, {name}",
             f"{at.caught}{ip} daddr {{ {', '.join(private)} }} return",
         )
-        yield _rule(
+        yield rule(
             f"P1 TCP goes to Tor, {name}",
             f"{at.caught}meta nfproto {name} meta l4proto tcp dnat {ip} to {trans}",
         )
 
 
-def _refusals(at: Capture) -> Iterator[str]:
+def _refusals(at: FromInterface) -> Iterator[str]:
     """After the redirects: what was not redirected is refused, fast, so that programs fall back.
 
     That includes packets of a flow that conntrack does not remember, which NAT does not touch:
     FIN, RST and late data of redirected connections leaked so in 2014 (tor-talk 032503), where
     only what was invalid was dropped, and the rest accepted.
     """
-    yield from at.exempt()
-    yield _rule("P1 P2 what was redirected", f"{at.caught}ct status dnat accept")
-    yield _rule("P3 other TCP is refused", f"{at.caught}meta l4proto tcp reject with tcp reset")
-    yield _rule("P3 all else is refused", f"{at.caught}reject with icmpx admin-prohibited")
+    yield rule("P1 P2 what was redirected", f"{at.caught}ct status dnat accept")
+    yield rule("P3 other TCP is refused", f"{at.caught}meta l4proto tcp reject with tcp reset")
+    yield rule("P3 all else is refused", f"{at.caught}reject with icmpx admin-prohibited")
 
 
 def _sets() -> str:
@@ -301,11 +259,11 @@ def _sets() -> str:
 def _sources(at: FromInterface) -> Iterator[str]:
     """Before conntrack sees anything: a link speaks only as itself."""
     # Tor 0.4.9 dies of an empty one; 12 bytes is the header of a query (RFC 1035, 4.1.1)
-    yield _rule("P4 no DNS without a header", f"{at.caught}udp dport 53 udp length < 20 drop")
+    yield rule("P4 no DNS without a header", f"{at.caught}udp dport 53 udp length < 20 drop")
     itself = "P5 a link speaks only as itself"
-    yield _rule(f"{itself}, ipv4", f"{at.caught}iifname . ip saddr @sources4 accept")
-    yield _rule(f"{itself}, ipv6", f"{at.caught}iifname . ip6 saddr @sources6 accept")
-    yield _rule("P5 no spoofing, no link-local", f"{at.caught}drop")
+    yield rule(f"{itself}, ipv4", f"{at.caught}iifname . ip saddr @sources4 accept")
+    yield rule(f"{itself}, ipv6", f"{at.caught}iifname . ip6 saddr @sources6 accept")
+    yield rule("P5 no spoofing, no link-local", f"{at.caught}drop")
 
 
 def _identities(policy: Policy) -> Iterator[str]:
@@ -320,50 +278,56 @@ def _identities(policy: Policy) -> Iterator[str]:
     mine = "iifname @connections"
     if policy.connections4 and policy.connections6:
         first, count = int(policy.connections4[1]), policy.connections4.num_addresses - 2
-        yield _rule(
+        yield rule(
             "P7 an identity for each connection, ipv4",
             f"{mine} ip saddr set numgen inc mod {count} offset {first} snat ip to ip saddr",
         )
         prefix, number = policy.connections6[0], f"numgen inc mod {2**32 - 2} offset 1"
-        yield _rule(
+        yield rule(
             "P7 an identity for each connection, ipv6",
             f"{mine} ip6 saddr set {prefix} @nh,160,32 set {number} snat ip6 to ip6 saddr",
         )
-    yield _rule("P7 a renewed identity, ipv4", "snat ip to ip saddr map @identities4")
-    yield _rule("P7 a renewed identity, ipv6", "snat ip6 to ip6 saddr map @identities6")
+    yield rule("P7 a renewed identity, ipv4", "snat ip to ip saddr map @identities4")
+    yield rule("P7 a renewed identity, ipv6", "snat ip6 to ip6 saddr map @identities6")
 
 
 def _input(at: FromInterface) -> Iterator[str]:
     known = "nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert"
-    yield _rule("P4 loopback, by interface", 'iifname "lo" accept')
-    yield _rule("P5 only what was redirected reaches Tor", f"{at.caught}ct status dnat accept")
-    yield _rule("P4 answers to Tor", f'iifname "{at.uplink}" ct state established,related accept')
-    yield _rule(
+    yield rule("P4 loopback, by interface", 'iifname "lo" accept')
+    yield rule("P5 only what was redirected reaches Tor", f"{at.caught}ct status dnat accept")
+    yield rule("P4 answers to Tor", f'iifname "{at.uplink}" ct state established,related accept')
+    yield rule(
         "P4 neighbours of the uplink", f'iifname "{at.uplink}" icmpv6 type {{ {known} }} accept'
     )
 
 
 def _output(policy: Policy, at: FromInterface) -> Iterator[str]:
     known = "nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert"
-    yield _rule("P4 loopback, by interface", 'oifname "lo" accept')
-    yield _rule("P3 answers and refusals to workloads", f'oifname "{at.prefix}*" accept')
-    yield _rule(
+    yield rule("P4 loopback, by interface", 'oifname "lo" accept')
+    yield rule("P3 answers and refusals to workloads", f'oifname "{at.prefix}*" accept')
+    yield rule(
         "P4 only Tor leaves, only by TCP",
         f'oifname "{at.uplink}" meta skuid {policy.tor_uid} meta l4proto tcp accept',
     )
-    yield _rule(
+    yield rule(
         "P4 neighbours of the uplink", f'oifname "{at.uplink}" icmpv6 type {{ {known} }} accept'
     )
 
 
-def _rule(why: str, rule: str) -> str:
+def rule(why: str, rule: str) -> str:
     return f'{rule} comment "{why}"'
 
 
-def _chain(name: str, kind: str, hook: str, policy: str, rules: Iterable[str] = ()) -> str:
+def chain(name: str, kind: str, hook: str, policy: str, rules: Iterable[str] = ()) -> str:
     lines = [f" chain {name} {{", f"  type {kind} hook {hook}; policy {policy};"]
     return "\n".join([*lines, *(f"  {rule}" for rule in rules), " }", ""])
 
 
 def _table(name: str, body: str) -> str:
     return f"table inet {name} {{\n{body}}}\n"
+
+
+def replacing(name: str, body: str) -> str:
+    """The table in the place of an older one, if there is one."""
+    # `table` first, so that `delete` never fails; nft 1.0.6 knows no `destroy`
+    return f"table inet {name}\ndelete table inet {name}\n" + _table(name, body)

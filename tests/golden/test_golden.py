@@ -13,20 +13,38 @@ import pytest
 
 from nsrun import ruleset
 from nsrun.address import BLOCKS
+from nsrun.host import rules
+from nsrun.host.policy import HostPolicy
 from nsrun.plan import Facts, make_plan
-from nsrun.ruleset import FromInterface, OwnOutput
+from nsrun.ruleset import FromInterface
 from nsrun.spec import Caller, GatewaySpec, LabUplink, RunSpec, Strict
 
 Golden = Callable[[str, str], None]
 
 POLICY = ruleset.gateway_policy(BLOCKS[0], tor_uid=107)
-HOST = replace(POLICY, trans4="127.0.0.1:9041", trans6="[::1]:9041", dns4="127.0.0.1:9054")
+HOST = HostPolicy(tor_uid=107)
+EXEMPT = replace(
+    HOST,
+    allow_root=True,
+    bypass_users=(1001, 1002),
+    bypass_groups=(2001,),
+    services=(22, 443),
+)
+MIDDLEBOX = replace(HOST, own="none", gateway_for=("eth1", "br-*"))
 RULESETS = {
     "gateway": ruleset.render(POLICY, FromInterface("w", "uplink")),
     "gateway-second-block": ruleset.render(
         ruleset.gateway_policy(BLOCKS[1], tor_uid=0), FromInterface("w", "uplink")
     ),
-    "host": ruleset.render(replace(HOST, dns6="[::1]:9054"), OwnOutput(107)),
+    "host": rules.render(HOST),
+    "host-bare": rules.render(replace(HOST, lan=False, ipv6=False, services=())),
+    "host-exempt": rules.render(EXEMPT),
+    "host-users": rules.render(replace(HOST, own="users", users=(1000,))),
+    "host-onion": rules.render(replace(HOST, own="onion")),
+    "host-middlebox": rules.render(MIDDLEBOX),
+    "host-both": rules.render(replace(MIDDLEBOX, own="all", gateway_for=("eth1",))),
+    "host-lockdown": rules.render_lockdown(EXEMPT),
+    "host-closed": rules.render_closed(),
     "closed": ruleset.render_closed(),
 }
 

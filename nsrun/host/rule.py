@@ -1,0 +1,164 @@
+"""A packet filter's rule as a value, whatever filter is to run it, and its form for nft. Pure.
+
+The rules of the whole host are made once (nsrun.host.rules) and written down for several packet
+filters: what a rule means must not depend on which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from nsrun import ruleset
+
+Verdict = Literal["accept", "return", "drop", "reset", "refuse"]
+"""``reset`` (TCP) and ``refuse`` (ICMP, administratively prohibited) tell the sender at once."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``do`` it to what fits everything that is given; within one tuple, any. Empty fits all.
+
+    ``do`` is a verdict, or the number of the port to redirect to, on loopback for packets of this
+    machine's own, else at the address of the interface they came by. Families: both, if
+    no address decides.
+    """
+
+    why: str
+    do: Verdict | int
+    iif: tuple[str, ...] = ()
+    not_iif: str = ""
+    oif: tuple[str, ...] = ()
+    ipv6_only: bool = False
+    users: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+    cgroup: str = ""  # below the root of the unified hierarchy, one level deep
+    owned: bool = False  # by any socket that a process still has open
+    source: tuple[str, ...] = ()
+    to: tuple[str, ...] = ()
+    to_this_machine: bool = False
+    protocol: Literal["", "tcp", "udp", "icmpv6"] = ""
+    icmpv6: tuple[int, ...] = ()  # types, from a neighbour only: with a hop limit of 255 or 1
+    sport: tuple[int, ...] = ()
+    dport: tuple[int, ...] = ()
+    not_dport: tuple[int, ...] = ()
+    original_dport: int = 0  # before anybody's address translation
+    translated: bool | None = None  # by anybody's DNAT or redirection
+    reply: bool | None = None  # by whom the connection was not begun
+    states: tuple[Literal["new", "related", "invalid"], ...] = ()  # of its connection
+    not_opening: bool = False  # TCP, and not the first packet of a connection
+
+    @property
+    def version(self) -> Literal[4, 6] | None:
+        """The only version of IP that it can fit, if there is one."""
+        if self.ipv6_only or self.protocol == "icmpv6":
+            return 6
+        networks = self.to or self.source
+        if not networks:
+            return None
+        return 6 if ":" in networks[0] else 4
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Rules for what passes ``hook``, in their order; ``policy`` for what none of them decides."""
+
+    name: str
+    kind: Literal["nat", "filter"]
+    hook: Literal["prerouting", "input", "forward", "output"]
+    rules: tuple[Rule, ...]
+    policy: Literal["accept", "drop"] = "accept"
+
+
+# Before those of Docker and other tools, which are at -100: the first that translates, wins.
+_PRIORITIES = {"nat": -150, "filter": 0}
+
+
+def nft(chains: Iterable[Chain], table: str) -> str:
+    """One transaction, that puts these chains in the place of whatever the table was."""
+    body = "".join(
+        ruleset.chain(
+            chain.name,
+            chain.kind,
+            f"{chain.hook} priority {_PRIORITIES[chain.kind]}",
+            chain.policy,
+            (ruleset.rule(rule.why, " ".join(_words(rule))) for rule in chain.rules),
+        )
+        for chain in chains
+    )
+    return ruleset.replacing(table, body)
+
+
+def _words(rule: Rule) -> Iterator[str]:
+    if rule.iif:
+        yield f"iifname {_any(_quoted(rule.iif))}"
+    if rule.not_iif:
+        yield f'iifname != "{rule.not_iif}"'
+    if rule.oif:
+        yield f"oifname {_any(_quoted(rule.oif))}"
+    if rule.ipv6_only:
+        yield "meta nfproto ipv6"
+    if rule.users:
+        yield f"meta skuid {_any(rule.users)}"
+    if rule.groups:
+        yield f"meta skgid {_any(rule.groups)}"
+    if rule.cgroup:
+        yield f'socket cgroupv2 level 1 "{rule.cgroup}"'
+    if rule.owned:
+        yield "meta skuid >= 0"  # a match on a user that is not there never fits
+    ip = "ip6" if rule.version == 6 else "ip"
+    if rule.source:
+        yield f"{ip} saddr {_any(rule.source)}"
+    if rule.to:
+        yield f"{ip} daddr {_any(rule.to)}"
+    if rule.to_this_machine:
+        yield "fib daddr type local"
+    yield from _transport(rule)
+    yield from _connection(rule)
+    match rule.do:
+        case "reset":
+            yield "reject with tcp reset"
+        case "refuse":
+            yield "reject with icmpx admin-prohibited"
+        case int(port):
+            yield f"redirect to :{port}"
+        case verdict:
+            yield verdict
+
+
+def _transport(rule: Rule) -> Iterator[str]:
+    if rule.icmpv6:
+        yield f"icmpv6 type {_any(rule.icmpv6)} ip6 hoplimit {{ 1, 255 }}"
+    if rule.protocol in ("tcp", "udp"):
+        if not (rule.sport or rule.dport or rule.not_dport):
+            yield f"meta l4proto {rule.protocol}"
+        if rule.sport:
+            yield f"{rule.protocol} sport {_any(rule.sport)}"
+        if rule.dport:
+            yield f"{rule.protocol} dport {_any(rule.dport)}"
+        if rule.not_dport:
+            yield f"{rule.protocol} dport != {_any(rule.not_dport)}"
+
+
+def _connection(rule: Rule) -> Iterator[str]:
+    if rule.original_dport:
+        yield f"ct original proto-dst {rule.original_dport}"
+    if rule.translated is not None:
+        yield "ct status dnat" if rule.translated else "ct status ! dnat"
+    if rule.reply is not None:
+        yield f"ct direction {'reply' if rule.reply else 'original'}"
+    if rule.states:
+        yield f"ct state {','.join(rule.states)}"
+    if rule.not_opening:
+        yield "tcp flags & (fin | syn | rst | ack) != syn"
+
+
+def _quoted(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f'"{name}"' for name in names)
+
+
+def _any(values: tuple[object, ...]) -> str:
+    """One value, or a set of several."""
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{{ {', '.join(words)} }}"

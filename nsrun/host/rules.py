@@ -1,0 +1,363 @@
+"""The rules of the whole host: what HostPolicy means, packet by packet. Pure.
+
+Packets are caught where they are born, in the output hook, and, of a LAN that this machine is the
+gateway of, where they arrive. Four ideas run through all of it:
+
+- What must not leave is not named; what may is, and the rest is refused (``own`` = all). So
+  packets without a socket, which no match on a user can see, are refused as well.
+- What the nat chains leave alone although it would be for Tor (``return``: private addresses, DNS
+  over TLS), is refused by the filter chains, fast, so that programs fall back.
+- The filter chains believe no redirect that they cannot see: a packet for Tor is addressed to
+  loopback. The status in conntrack alone would pass flows that anybody's rules translated, and
+  our own redirected ones when the nat chains are gone.
+- Loopback is exempt by interface, never by address. DNS on loopback is redirected all the same:
+  that is where resolv.conf points to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+from nsrun.host.policy import DOH4, DOH6, LAN4, LAN6, HostPolicy
+from nsrun.host.rule import Chain, Rule, nft
+from nsrun.ruleset import PRIVATE4, PRIVATE6
+
+_DNS, _DOT, _HTTPS = (53,), (853,), (443,)
+_TOR4, _TOR6 = ("127.0.0.1",), ("::1",)
+_LOOPBACK = Rule("P4 loopback, by interface", "accept", oif=("lo",))
+
+
+def render(policy: HostPolicy) -> str:
+    """The whole table, to be loaded by one ``nft -f -``; Tor may start before or after."""
+    return nft(chains(policy), policy.table)
+
+
+def render_lockdown(policy: HostPolicy) -> str:
+    """The table while ``ttp stop`` goes on: nothing is redirected any more.
+
+    What would be for Tor is refused, redirected connections of before as well, so that their
+    programs learn of it; Tor itself and what is exempt go on.
+    """
+    locked = (
+        replace(one, rules=tuple(rule for rule in one.rules if not rule.translated))
+        for one in chains(policy)
+        if one.kind != "nat"
+    )
+    return nft(locked, policy.table)
+
+
+def render_closed(table: str = "ttp") -> str:
+    """The table at boot, before anything is known, and after tampering: nothing but loopback.
+
+    The machine may get and keep its address, and answers who connects to it, so that it can be
+    repaired from afar.
+    """
+    rules = (
+        _LOOPBACK,
+        *_answers(),
+        *_neighbours(),
+        *_refuse_all(),
+    )
+    return nft(
+        (
+            Chain("filter_out", "filter", "output", rules, "drop"),
+            Chain("filter_forward", "filter", "forward", (), "drop"),
+        ),
+        table,
+    )
+
+
+def chains(policy: HostPolicy) -> tuple[Chain, ...]:
+    """Those that ``policy`` needs, the nat chains first."""
+    redirects = {"all": _redirects, "users": _redirects, "onion": _onion_redirects}
+    refusals = {"all": _refusals, "users": _users_refusals, "onion": _onion_refusals}
+    own = policy.own
+    default: Literal["accept", "drop"] = "drop" if own == "all" else "accept"
+    found = []
+    if policy.gateway_for:
+        found.append(Chain("prerouting", "nat", "prerouting", tuple(_arriving(policy))))
+    if own != "none":
+        found += [
+            Chain("output", "nat", "output", tuple(redirects[own](policy))),
+            Chain("filter_out", "filter", "output", tuple(refusals[own](policy)), default),
+        ]
+    if own == "all" or policy.gateway_for:
+        found += [
+            Chain("filter_forward", "filter", "forward", tuple(_forwarded(policy)), default),
+            Chain("filter_in", "filter", "input", tuple(_incoming(policy))),
+        ]
+    return tuple(found)
+
+
+# ---- this machine's own packets ----------------------------------------------------------------
+
+
+def _exempt(policy: HostPolicy) -> Iterator[Rule]:
+    """Split tunnel: whoever it is, by whatever protocol."""
+    if policy.allow_root:
+        yield Rule("P1 root is exempt, by --allow-root", "accept", users=(0,))
+    if policy.bypass_users:
+        yield Rule("P1 exempt users", "accept", users=policy.bypass_users)
+    if policy.bypass_groups:
+        yield Rule("P1 exempt groups", "accept", groups=policy.bypass_groups)
+    if policy.bypass_cgroup:
+        yield Rule("P1 exempt commands", "accept", cgroup=policy.bypass_cgroup)
+
+
+def _redirects(policy: HostPolicy) -> Iterator[Rule]:
+    """DNS on loopback first, for whoever is exempt too: nobody else answers there. Elsewhere,
+    DNS of the exempt is theirs."""
+    who = policy.users
+    yield from _no_ipv6(policy)
+    yield Rule("P1 Tor itself leaves", "return", users=(policy.tor_uid,))
+    yield Rule(
+        "P2 DNS on loopback goes to Tor",
+        policy.dns_port,
+        oif=("lo",),
+        users=who,
+        protocol="udp",
+        dport=_DNS,
+    )
+    yield from (replace(rule, do="return") for rule in _exempt(policy))
+    yield Rule("P2 DNS goes to Tor", policy.dns_port, users=who, protocol="udp", dport=_DNS)
+    yield replace(_LOOPBACK, do="return")
+    if policy.own == "all" and policy.services:
+        yield Rule(
+            "P5 services go on",
+            "return",
+            protocol="tcp",
+            sport=policy.services,
+            not_opening=True,
+        )
+    yield from (replace(rule, users=who) for rule in _to_tor(policy))
+
+
+def _to_tor(policy: HostPolicy) -> Iterator[Rule]:
+    """.onion, whose addresses are private ones, before these are left to be refused."""
+    yield from _onion(policy)
+    yield Rule("P2 DNS over TLS is refused below", "return", protocol="tcp", dport=_DOT)
+    for version, doh, private in (("ipv4", DOH4, PRIVATE4), ("ipv6", DOH6, PRIVATE6)):
+        yield Rule(
+            f"P2 DNS over HTTPS is refused below, {version}",
+            "return",
+            to=doh,
+            protocol="tcp",
+            dport=_HTTPS,
+        )
+        yield Rule(f"P3 private addresses are not for Tor, {version}", "return", to=private)
+    yield Rule("P1 TCP goes to Tor", policy.trans_port, protocol="tcp")
+
+
+def _onion(policy: HostPolicy) -> Iterator[Rule]:
+    for version, automap in (("ipv4", policy.automap4), ("ipv6", policy.automap6)):
+        yield Rule(
+            f"P1 .onion goes to Tor, {version}", policy.trans_port, to=(automap,), protocol="tcp"
+        )
+
+
+def _refusals(policy: HostPolicy) -> Iterator[Rule]:
+    yield _LOOPBACK
+    yield from _ipv6_refused(policy)
+    yield from _redirected()
+    yield Rule("P1 Tor itself leaves", "accept", users=(policy.tor_uid,), protocol="tcp")
+    yield from _exempt(policy)
+    yield from _answers(policy.services)
+    if policy.gateway_for:
+        yield from _to_the_lan(policy)
+    yield from _other_resolvers()
+    yield from _stray_onion(policy)
+    if policy.lan:
+        yield from _lan()
+    yield from _neighbours()
+    yield from _refuse_all()
+
+
+def _users_refusals(policy: HostPolicy) -> Iterator[Rule]:
+    """Of ``users`` only. A packet without an open socket has no user: it passes if it belongs to a
+    connection that is known, else it could be the rest of a redirected one."""
+    mine = [*_other_resolvers(), *_stray_onion(policy)]
+    if policy.lan:
+        mine += _lan()
+    yield _LOOPBACK
+    yield from _redirected()
+    yield from _exempt(policy)
+    yield from (replace(rule, users=policy.users) for rule in (*mine, *_refuse_all()))
+    yield Rule("P9 other users are left alone", "accept", owned=True)
+    yield Rule(
+        "P3 nobody's TCP of no connection", "drop", protocol="tcp", states=("new", "invalid")
+    )
+
+
+def _onion_redirects(policy: HostPolicy) -> Iterator[Rule]:
+    """All DNS, as it cannot be told beforehand which name is one of .onion."""
+    yield Rule("P1 Tor itself leaves", "return", users=(policy.tor_uid,))
+    yield Rule(
+        "P2 DNS on loopback goes to Tor", policy.dns_port, oif=("lo",), protocol="udp", dport=_DNS
+    )
+    yield from (replace(rule, do="return") for rule in _exempt(policy))
+    yield Rule("P2 DNS goes to Tor", policy.dns_port, protocol="udp", dport=_DNS)
+    yield Rule("P2 DNS over TLS is refused below", "return", protocol="tcp", dport=_DOT)
+    yield from _onion(policy)
+
+
+def _onion_refusals(policy: HostPolicy) -> Iterator[Rule]:
+    """A name of .onion is asked of nobody but Tor, and its address reaches nobody else."""
+    yield _LOOPBACK
+    yield from _redirected()
+    yield Rule("P1 Tor itself leaves", "accept", users=(policy.tor_uid,), protocol="tcp")
+    yield from _exempt(policy)
+    yield Rule("P5 answers to who asks this machine", "accept", reply=True)
+    yield from _other_resolvers()
+    yield from _stray_onion(policy)
+
+
+def _redirected() -> Iterator[Rule]:
+    for version, tor in (("ipv4", _TOR4), ("ipv6", _TOR6)):
+        yield Rule(f"P1 P2 what was redirected, {version}", "accept", to=tor, translated=True)
+
+
+def _answers(services: tuple[int, ...] = ()) -> Iterator[Rule]:
+    """By TCP only: what filter_in lets begin from outside is known to be no flow of ours.
+
+    The connections of ``services`` may be older than conntrack's knowledge of them, and then
+    began, for it, with whoever spoke first.
+    """
+    yield Rule("P5 answers to who connects to this machine", "accept", protocol="tcp", reply=True)
+    if services:
+        yield Rule("P5 services go on", "accept", protocol="tcp", sport=services, not_opening=True)
+
+
+def _other_resolvers() -> Iterator[Rule]:
+    """Flows from before the rules, which are not redirected, and those that other rules redirect;
+    LAN or not. By TCP, to the DNSPort: it has none."""
+    refusals = (
+        Rule("P2 DNS to anyone but Tor, tcp", "reset", protocol="tcp"),
+        Rule("P2 DNS to anyone but Tor, udp", "refuse", protocol="udp"),
+    )
+    for rule in refusals:
+        yield replace(rule, dport=_DNS)
+        why = f"{rule.why}, translated"
+        yield replace(rule, why=why, original_dport=53, reply=False)
+    yield Rule("P2 DNS over TLS", "reset", protocol="tcp", dport=_DOT)
+
+
+def _stray_onion(policy: HostPolicy) -> Iterator[Rule]:
+    for version, automap in (("ipv4", policy.automap4), ("ipv6", policy.automap6)):
+        yield Rule(f"P3 .onion by other ways, {version}", "refuse", to=(automap,))
+
+
+def _lan() -> Iterator[Rule]:
+    for version, networks in (("ipv4", LAN4), ("ipv6", LAN6)):
+        yield Rule(f"P3 the LAN, directly, {version}", "accept", to=networks)
+
+
+def _neighbours() -> Iterator[Rule]:
+    """Without these the machine has no address, and Tor no network. AF_PACKET, which DHCP clients
+    use before they have one, passes no chain; a lease is renewed by UDP, from ports that only
+    the privileged can have. Types: router and neighbour discovery (RFC 4861), MLDv2 (RFC 9777)."""
+    for why, sport, dport in (("DHCP", 68, 67), ("DHCPv6", 546, 547)):
+        yield Rule(
+            f"P4 the address of this machine, {why}",
+            "accept",
+            protocol="udp",
+            sport=(sport,),
+            dport=(dport,),
+        )
+    yield Rule("P4 neighbours, IPv6", "accept", protocol="icmpv6", icmpv6=(133, 135, 136, 143))
+
+
+def _refuse_all() -> Iterator[Rule]:
+    yield Rule("P3 other TCP is refused", "reset", protocol="tcp")
+    yield Rule("P3 all else is refused", "refuse")
+
+
+def _no_ipv6(policy: HostPolicy) -> Iterator[Rule]:
+    if not policy.ipv6:
+        yield Rule("P3 IPv6 is refused below", "return", ipv6_only=True)
+
+
+def _ipv6_refused(policy: HostPolicy) -> Iterator[Rule]:
+    if not policy.ipv6:
+        yield Rule("P3 TCP by IPv6 is refused", "reset", ipv6_only=True, protocol="tcp")
+        yield Rule("P3 IPv6 is refused", "refuse", ipv6_only=True)
+
+
+# ---- other machines' packets -------------------------------------------------------------------
+
+
+def _arriving(policy: HostPolicy) -> Iterator[Rule]:
+    """DNS even if this machine itself was asked: it is the resolver of its LAN."""
+    mine = policy.gateway_for
+    yield from _no_ipv6(policy)
+    yield Rule(
+        "P2 DNS of the LAN goes to Tor", policy.dns_port, iif=mine, protocol="udp", dport=_DNS
+    )
+    yield Rule("P5 connections to this machine", "return", to_this_machine=True)
+    yield from (replace(rule, iif=mine) for rule in _to_tor(policy))
+
+
+def _to_the_lan(policy: HostPolicy) -> Iterator[Rule]:
+    """What its gateway sends on its own behalf: Tor's answers, refusals, and addresses."""
+    mine = policy.gateway_for
+    dns = (policy.dns_port,)
+    yield Rule(
+        "P2 Tor's answers to the LAN",
+        "accept",
+        oif=mine,
+        protocol="udp",
+        sport=dns,
+        reply=True,
+        translated=True,
+    )
+    yield Rule("P3 refusals to the LAN", "accept", oif=mine, states=("related",))
+    for why, sport, dport in (("DHCP", 67, 68), ("DHCPv6", 547, 546)):
+        yield Rule(
+            f"P4 addresses of the LAN, {why}",
+            "accept",
+            oif=mine,
+            protocol="udp",
+            sport=(sport,),
+            dport=(dport,),
+        )
+    yield Rule(
+        "P4 addresses of the LAN, IPv6", "accept", oif=mine, protocol="icmpv6", icmpv6=(134,)
+    )
+
+
+def _forwarded(policy: HostPolicy) -> Iterator[Rule]:
+    """Containers' and virtual machines' packets, too: never silently past Tor."""
+    rules = [*_ipv6_refused(policy), *_other_resolvers(), *_stray_onion(policy)]
+    if policy.lan:
+        for version, networks in (("ipv4", LAN4), ("ipv6", LAN6)):
+            why = f"P3 from LAN to LAN, directly, {version}"
+            rules.append(Rule(why, "accept", source=networks, to=networks))
+    rules += _refuse_all()
+    mine = () if policy.own == "all" else policy.gateway_for
+    yield from (replace(rule, iif=mine) for rule in rules)
+
+
+def _incoming(policy: HostPolicy) -> Iterator[Rule]:
+    """What begins from outside may be answered; so nothing may seem to that did not.
+
+    conntrack takes the first packet it sees for the beginning, and it may see nothing before there
+    are rules: an answer to us, too, on a connection that was open then (tcp_loose).
+    """
+    listeners = (
+        Rule("P5 only what was redirected reaches Tor, tcp", "reset", protocol="tcp"),
+        Rule("P5 only what was redirected reaches Tor, udp", "refuse", protocol="udp"),
+    )
+    if policy.gateway_for:
+        for rule, port in zip(listeners, (policy.trans_port, policy.dns_port), strict=True):
+            yield replace(rule, not_iif="lo", dport=(port,), translated=False)
+    if policy.own == "all":
+        yield Rule(
+            "P1 answers to connections from before",
+            "drop",
+            not_iif="lo",
+            protocol="tcp",
+            not_dport=policy.services,
+            states=("new",),
+            not_opening=True,
+        )
