@@ -1,0 +1,25 @@
+"""A Debian machine for the tests of this directory: tests/machine.py tells how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from machine import Machine, debian
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All are root's; the first one on a new machine waits until a Debian is made."""
+    for item in items:
+        if "tests/machines/" in item.nodeid:
+            item.add_marker(pytest.mark.root)
+            item.add_marker(pytest.mark.lab)
+            item.add_marker(pytest.mark.timeout(600), append=False)
+
+
+@pytest.fixture(scope="session")
+def machine() -> Iterator[Machine]:
+    """Debian 13. A test leaves it as it found it; `machine.changes(before)` says whether it did."""
+    with debian() as made:
+        yield made
