@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import sys
 from contextlib import ExitStack
@@ -111,7 +110,7 @@ def attach_network(
         raise UsageError(f"attach {container}", cause, "docker run --network none …")
     options.check_made(limits)
     binds = [mount["Source"] for mount in made["Mounts"] if mount["Type"] == "bind"]
-    doors.check(binds, _root(engine))
+    doors.check(binds, engine.about["DockerRootDir"])
     chosen = name or (held.workload if held else made["Name"].removeprefix("/"))
     spec = RunSpec(
         ("docker", "attach-network", container),
@@ -149,12 +148,7 @@ def _name(wanted: Wanted) -> str:
         return wanted.name
     image = PurePosixPath(wanted.image.partition("@")[0]).name.partition(":")[0]
     stem = "".join(letter for letter in image if letter.isalnum())[:20] or "container"
-    return f"{stem}-{secrets.token_hex(2)}"
-
-
-def _root(engine: Engine) -> str:
-    with engine.doing("ask the docker daemon"):
-        return str(engine.api.info()["DockerRootDir"])
+    return f"{stem}-{os.urandom(2).hex()}"
 
 
 def _check(engine: Engine, wanted: Wanted) -> None:
@@ -162,10 +156,8 @@ def _check(engine: Engine, wanted: Wanted) -> None:
     from nsrun.containers import doors
     from nsrun.containers.options import LOG_DRIVERS
 
-    with engine.doing("ask the docker daemon"):
-        about = engine.api.info()
-    doors.check(wanted.binds, about["DockerRootDir"])
-    driver = wanted.log_driver or about["LoggingDriver"]
+    doors.check(wanted.binds, engine.about["DockerRootDir"])
+    driver = wanted.log_driver or engine.about["LoggingDriver"]
     if driver not in LOG_DRIVERS:
         cause = f"the daemon sends what containers print to elsewhere (log driver {driver})"
         raise UsageError("run a container", cause, "ttp docker run -- --log-driver local …")
@@ -178,26 +170,28 @@ def _check(engine: Engine, wanted: Wanted) -> None:
 
 def _hold(engine: Engine, wanted: Wanted, spec: RunSpec, undo: ExitStack) -> str:
     """A holder whose network is behind Tor; ``undo`` removes it. Raises NsrunError."""
-    from nsrun.containers import holders, keeper, plugging
+    from nsrun.containers import holders, keeper
 
     resolver = _ready(spec)
     holder = holders.create(engine, wanted, spec, resolver)
     undo.callback(holders.remove, engine, holder)
+    started = holders.start(engine, holder)
+    keeper.start(engine)  # it gets ready meanwhile, and so do we
+    from nsrun.containers import plugging  # takes 15 ms
+
+    started()
     plugging.plug(engine, holder, spec, resolver, pinned=True)
-    keeper.start(engine)
     return holder
 
 
 def _ready(spec: RunSpec) -> str:
     """The address of the gateway, once its Tor is ready; it is started on demand."""
-    from nsrun.cli.gateway import on_demand
-    from nsrun.containers import plugging
     from nsrun.gateway import control
 
-    wait = {"do": "wait", "timeout": spec.bootstrap_timeout}
     try:
-        control.ask(spec.gateway, wait)
+        return control.resolver(spec.gateway, spec.bootstrap_timeout)
     except AbsentError:
+        from nsrun.cli.gateway import on_demand
+
         with control.start(on_demand(spec.gateway, settings.here())):
-            control.ask(spec.gateway, wait)
-    return plugging.resolver_of(spec.gateway)
+            return control.resolver(spec.gateway, spec.bootstrap_timeout)

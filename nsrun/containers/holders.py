@@ -9,18 +9,20 @@ removes those that are not, so that a kill -9 leaves none for long.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from docker.errors import APIError, ImageNotFound, NotFound
+from typing import TYPE_CHECKING, Any
 
 from nsrun.containers import pause
+from nsrun.containers.api import CONFLICT, NOT_FOUND, RefusalError
 from nsrun.containers.engine import Engine
-from nsrun.containers.options import Wanted
 from nsrun.errors import NsrunError
-from nsrun.spec import RunSpec
+
+if TYPE_CHECKING:  # who only sweeps needs neither
+    from nsrun.containers.options import Wanted
+    from nsrun.spec import RunSpec
 
 GATEWAY, WORKLOAD, CREATOR = "ttp.gateway", "ttp.workload", "ttp.creator"  # labels
 ISOLATE, IPV6 = "ttp.isolate", "ttp.ipv6"  # what the workload was given
@@ -58,63 +60,73 @@ def started(pid: str) -> str:
 
 
 def create(engine: Engine, wanted: Wanted, spec: RunSpec, resolver: str) -> str:
-    """Make and start a holder, without a network; its id. Raises NsrunError."""
-    api = engine.api
-    limits = api.create_host_config(
-        network_mode="none",
-        dns=[resolver],
-        dns_search=["."],  # else the host's, whose names would be sent to exits
-        extra_hosts=_pairs(wanted.hosts),
-        cap_drop=["ALL"],
-        security_opt=["no-new-privileges"],
-        read_only=True,
-        pids_limit=1,
-        log_config={"Type": "none"},
-    )
+    """Make a holder, without a network; its id. Raises NsrunError."""
+    image = _image(engine)
+    settings = {
+        "Image": image.tag,
+        "Hostname": wanted.hostname,
+        "Domainname": wanted.domainname,
+        "Labels": {
+            GATEWAY: spec.gateway,
+            WORKLOAD: str(spec.name),
+            CREATOR: started(str(os.getpid())),
+            ISOLATE: spec.isolate,
+            IPV6: str(int(spec.ipv6)),
+        },
+        "HostConfig": {
+            "NetworkMode": "none",
+            "Dns": [resolver],
+            "DnsSearch": ["."],  # else the host's, whose names would be sent to exits
+            "ExtraHosts": _pairs(wanted.hosts),
+            "CapDrop": ["ALL"],
+            "SecurityOpt": ["no-new-privileges"],
+            "ReadonlyRootfs": True,
+            "PidsLimit": 1,
+            "LogConfig": {"Type": "none"},
+        },
+    }
     with engine.doing("make a holder for the container's network"):
-        image = _image(engine)
-        settings: dict[str, Any] = {
-            "name": f"ttp-{spec.name}",
-            "hostname": wanted.hostname or None,
-            "domainname": wanted.domainname or None,
-            "host_config": limits,
-            "labels": {
-                GATEWAY: spec.gateway,
-                WORKLOAD: str(spec.name),
-                CREATOR: started(str(os.getpid())),
-                ISOLATE: spec.isolate,
-                IPV6: str(int(spec.ipv6)),
-            },
-        }
         try:
-            made = api.create_container(image.tag, **settings)["Id"]
-        except ImageNotFound:
-            for _ in api.load_image(image.archive):
-                pass  # what it says is read to its end
-            made = api.create_container(image.tag, **settings)["Id"]
-    try:
-        with engine.doing("start a holder for the container's network"):
-            api.start(made)
-    except BaseException:
-        remove(engine, made)
-        raise
-    return str(made)
+            return _made(engine, spec, settings)
+        except RefusalError as error:
+            if error.status != NOT_FOUND:
+                raise
+        engine.api.post("images", "load", body=image.archive, quiet=1)
+        return _made(engine, spec, settings)
+
+
+def _made(engine: Engine, spec: RunSpec, settings: dict[str, Any]) -> str:
+    made = engine.api.post("containers", "create", body=settings, name=f"ttp-{spec.name}")
+    return str(made["Id"])
+
+
+def start(engine: Engine, holder: str) -> Callable[[], None]:
+    """Have one started; what comes back waits for that. Both raise NsrunError."""
+    doing = "start a holder for the container's network"
+    with engine.doing(doing):
+        ended = engine.api.start(holder)
+
+    def wait() -> None:
+        with engine.doing(doing):
+            ended()
+
+    return wait
 
 
 def remove(engine: Engine, holder: str) -> None:
     """Remove one; that it is gone already is no error. Raises NsrunError."""
-    with engine.doing("remove a holder"), suppress(NotFound):
+    with engine.doing("remove a holder"):
         try:
-            engine.api.remove_container(holder, force=True)
-        except APIError as error:
-            if error.status_code != 409:  # somebody else is removing it
+            engine.api.delete("containers", holder, force=1)
+        except RefusalError as error:
+            if error.status not in (NOT_FOUND, CONFLICT):  # somebody else is removing it
                 raise
 
 
 def found(engine: Engine) -> list[Holder]:
     """All holders, with the containers that use them. Raises NsrunError."""
     with engine.doing("list the containers"):
-        every = engine.api.containers(all=True)
+        every = engine.api.get("containers", "json", all=1)
     holders = [one for one in every if CREATOR in one["Labels"] and GATEWAY in one["Labels"]]
     users: dict[str, list[tuple[str, str, str]]] = {one["Id"]: [] for one in holders}
     for one in every:
@@ -145,14 +157,14 @@ def sweep(engine: Engine) -> list[Holder]:
 
 
 def _image(engine: Engine) -> pause.Image:
-    architecture = engine.api.version()["Arch"]
+    architecture = engine.about["Architecture"]
     if architecture not in pause.PROGRAMS:
         cause = f"it has no program for {architecture}, only for {', '.join(pause.PROGRAMS)}"
         raise NsrunError("make a holder", cause, "attach a running container: --network none")
     return pause.image(architecture)
 
 
-def _pairs(hosts: tuple[str, ...]) -> dict[str, str]:
-    """NAME:ADDRESS, or NAME=ADDRESS, as docker's --add-host takes them."""
+def _pairs(hosts: tuple[str, ...]) -> list[str]:
+    """NAME:ADDRESS, or NAME=ADDRESS, as docker's --add-host takes them; the daemon the former."""
     pairs = (host.partition("=" if "=" in host else ":") for host in hosts)
-    return {name: address for name, _, address in pairs}
+    return [f"{name}:{address}" for name, _, address in pairs]

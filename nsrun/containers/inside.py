@@ -5,8 +5,8 @@ The eyes are others than the hands: files of /proc and a lookup, where the link 
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 import socket
 import struct
 from contextlib import suppress
@@ -93,8 +93,8 @@ def _addresses4(own: Path) -> set[str]:
 
 def _ask(resolver: str) -> bytes:
     """Look up a .onion name that nobody has: Tor gives it a virtual address, and asks nobody."""
-    name = secrets.token_hex(8)
-    query = struct.pack(">6H", secrets.randbits(16), 0x100, 1, 0, 0, 0)
+    name = os.urandom(8).hex()
+    query = os.urandom(2) + struct.pack(">5H", 0x100, 1, 0, 0, 0)
     query += bytes([len(name)]) + name.encode() + b"\x05onion\0" + struct.pack(">HH", 1, 1)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.settimeout(SECONDS)

@@ -24,16 +24,14 @@ from queue import SimpleQueue
 
 import nsrun
 from nsrun import paths
-from nsrun.containers import holders, plugging
+from nsrun.containers import holders
 from nsrun.containers.engine import Engine
 from nsrun.containers.holders import Holder
 from nsrun.errors import NsrunError
-from nsrun.spec import RunSpec
 
 PATIENCE = 120.0  # seconds for a daemon to come back
 #: What the daemon says of a container whose holder is not running: moby, daemon/container.go.
 UNJOINED = "cannot join network of a non running container"
-EVENTS = {"type": "container", "event": ["create", "destroy"]}
 
 
 def start(engine: Engine) -> None:
@@ -42,7 +40,7 @@ def start(engine: Engine) -> None:
     environment |= {"DOCKER_HOST": engine.host, "PYTHONPATH": str(Path(nsrun.__file__).parents[1])}
     subprocess.run(
         # setsid(1) leaves at once: docker, which we become, is to have no child but its own
-        ("setsid", "--fork", sys.executable, "-P", "-m", "nsrun.containers.keeper"),
+        ("setsid", "--fork", sys.executable, "-S", "-P", "-m", "nsrun.containers.keeper"),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -74,6 +72,10 @@ def keep(engine: Engine) -> None:
 
 def revive(engine: Engine) -> None:
     """Start the holders of containers that the daemon could not start without, and then those."""
+    from nsrun.containers import plugging
+    from nsrun.gateway import control
+    from nsrun.spec import RunSpec
+
     for holder in holders.found(engine):
         left_out = [name for name, *_ in holder.users if UNJOINED in _error(engine, name)]
         if holder.running or not left_out:
@@ -87,13 +89,13 @@ def revive(engine: Engine) -> None:
                 ipv6=labels[holders.IPV6] == "1",
                 isolate=labels[holders.ISOLATE],
             )
-            resolver = plugging.resolver_of(holder.gateway)
+            resolver = control.resolver(holder.gateway, spec.bootstrap_timeout)
             with engine.doing("start again"):
-                engine.api.start(holder.id)
+                engine.api.start(holder.id)()
             plugging.plug(engine, holder.id, spec, resolver, pinned=True)
             with engine.doing("start again"):
                 for name in left_out:
-                    engine.api.start(name)
+                    engine.api.start(name)()
 
 
 def _error(engine: Engine, container: str) -> str:
@@ -104,7 +106,7 @@ def _error(engine: Engine, container: str) -> str:
 def _hear(engine: Engine, news: SimpleQueue[bool]) -> None:
     """Tell of every container that comes or goes, then of the daemon's end."""
     with suppress(NsrunError), engine.doing("listen"):
-        for _ in engine.api.events(filters=EVENTS):
+        for _ in engine.api.events(type=["container"], event=["create", "destroy"]):
             news.put(True)
     news.put(False)
 
@@ -138,7 +140,9 @@ def _back() -> Engine | None:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         with suppress(NsrunError):
-            return Engine()
+            engine = Engine()
+            holders.found(engine)
+            return engine
         time.sleep(0.5)  # nothing tells when it is back
     return None
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 BASE = 0x400000  # where the program is mapped
 
-#: By an image's architecture: its number in elf(5), and instructions that sleep for ever.
+#: By the machine: its name in an image, its number in elf(5), instructions that sleep for ever.
 PROGRAMS = {
     # mov eax, 34 (pause); syscall; jmp back
-    "amd64": (62, bytes.fromhex("b822000000 0f05 ebf7")),
+    "x86_64": ("amd64", 62, bytes.fromhex("b822000000 0f05 ebf7")),
     # mov x0..x3, 0; mov x8, 73 (ppoll); svc 0; b back
-    "arm64": (
+    "aarch64": (
+        "arm64",
         183,
         struct.pack(
             "<7I",
@@ -38,11 +39,11 @@ class Image:
     archive: bytes
 
 
-def image(architecture: str) -> Image:
-    """The image for an architecture. Raises KeyError if there is no program for it."""
-    layer = _tar({"pause": program(architecture)})
+def image(machine: str) -> Image:
+    """The image for a machine, by uname(2). Raises KeyError if there is no program for it."""
+    layer = _tar({"pause": program(machine)})
     config = {
-        "architecture": architecture,
+        "architecture": PROGRAMS[machine][0],
         "os": "linux",
         "created": "1970-01-01T00:00:00Z",
         # the first process of a namespace does not notice other signals: pid_namespaces(7)
@@ -59,15 +60,15 @@ def image(architecture: str) -> Image:
     return Image(tag, _tar(files))
 
 
-def program(architecture: str) -> bytes:
+def program(machine: str) -> bytes:
     """A static executable of one segment: headers and instructions, mapped as they are."""
-    machine, code = PROGRAMS[architecture]
+    _, number, code = PROGRAMS[machine]
     start = HEADER + SEGMENT
     identity = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)  # 64 bits, little-endian, version 1
     executable, version = 2, 1
     sizes = (HEADER, SEGMENT, 1, 0, 0, 0)
     header = identity + struct.pack(
-        "<HHIQQQIHHHHHH", executable, machine, version, BASE + start, HEADER, 0, 0, *sizes
+        "<HHIQQQIHHHHHH", executable, number, version, BASE + start, HEADER, 0, 0, *sizes
     )
     load, read_and_execute, size = 1, 5, start + len(code)
     segment = struct.pack("<IIQQQQQQ", load, read_and_execute, 0, BASE, BASE, size, size, BASE)

@@ -25,8 +25,3 @@ def plug(engine: Engine, container: str, spec: RunSpec, resolver: str, *, pinned
             raise
     finally:
         os.close(network)
-
-
-def resolver_of(gateway: str) -> str:
-    """The address of a gateway that is up. Raises AbsentError and GatewayError."""
-    return str(control.ask(gateway, {"do": "inspect"})["address"][0])

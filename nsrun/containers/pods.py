@@ -28,7 +28,7 @@ def found(engine: Engine) -> list[dict[str, str]]:
             row = {"container": name, "image": image, "status": status}
             rows.append({**row, **where, "identity": identity})
     with engine.doing("list the containers"):
-        running = {one["Id"]: one for one in engine.api.containers()}
+        running = {one["Id"]: one for one in engine.api.get("containers", "json")}
     for (gateway, name), told in live.items():
         one = running.get(_container(told["pid"]))
         if one is not None:

@@ -168,6 +168,15 @@ def unplug(gateway: str, name: str) -> None:
     ask(gateway, {"do": "unplug", "name": name})
 
 
+def resolver(name: str, timeout: float) -> str:
+    """The address of a gateway, which answers lookups, once its Tor is ready.
+
+    Raises AbsentError and GatewayError, also when that took more than ``timeout`` seconds.
+    """
+    request = {"do": "wait", "version": __version__, "timeout": timeout}
+    return str(ask(name, request)["address"])
+
+
 def stop(name: str) -> None:
     """Stop a gateway and wait until its supervisor has gone. Raises GatewayError."""
     pid = ask(name, {"do": "inspect"})["pid"]

@@ -79,9 +79,10 @@ class Requests:
         gateway = self._gateway
         guest = client.user
         match request:
-            case {"do": "run" | "exec" | "shell" | "plug", "version": str() as version} if (
-                version != __version__
-            ):
+            case {
+                "do": "run" | "exec" | "shell" | "plug" | "wait",
+                "version": str() as version,
+            } if version != __version__:
                 raise GatewayError(
                     "use the running gateway",
                     f"it is of version {__version__}, this ttp of {version}",
@@ -100,7 +101,7 @@ class Requests:
                 return
             case {"do": "wait", "timeout": str() | float() | int() as timeout}:
                 await self._bootstrapped(client, check_seconds("the timeout", float(timeout)))
-                answer: dict[str, Any] = {}
+                answer: dict[str, Any] = {"address": str(gateway.block.gateway)}
             case {"do": "down"}:
                 if client.guest:
                     raise UsageError(f"stop the gateway {gateway.spec.name}", "only root can")

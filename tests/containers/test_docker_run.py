@@ -234,7 +234,7 @@ def test_a_failure_leaves_no_holder(engine: Dockerd) -> None:
     )
     assert none.returncode == 125
     assert none.stderr.splitlines()[0] == (
-        "ttp: cannot ask the docker daemon: there is no /nonexistent/docker.sock"
+        "ttp: cannot list the containers: there is no /nonexistent/docker.sock"
     )
     elsewhere = subprocess.run(
         [TTP, *words],

@@ -116,8 +116,8 @@ def test_no_door_is_mounted(tmp_path: Path) -> None:
 
 def test_the_image_is_always_the_same() -> None:
     """So that its tag says what is in it; other archives can be read by anybody."""
-    made = pause.image("amd64")
-    assert made == pause.image("amd64") != pause.image("arm64")
+    made = pause.image("x86_64")
+    assert made == pause.image("x86_64") != pause.image("aarch64")
     with tarfile.open(fileobj=BytesIO(made.archive)) as archive:
         assert archive.getnames()[0] == "manifest.json"
         layer = archive.extractfile("layer.tar")
@@ -129,9 +129,8 @@ def test_the_image_is_always_the_same() -> None:
 
 def test_its_program_waits(tmp_path: Path) -> None:
     """It does nothing until it is killed, and is a program as others see it."""
-    machine = {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine]
     program = tmp_path / "pause"
-    program.write_bytes(pause.program(machine))
+    program.write_bytes(pause.program(os.uname().machine))
     program.chmod(0o755)
     with subprocess.Popen([program]) as process:
         with pytest.raises(subprocess.TimeoutExpired):
