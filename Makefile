@@ -3,13 +3,16 @@ PREFIX ?= /usr/local
 bin := .venv/bin
 as_root = [ "$$(id -u)" = 0 ] || sudo -n true 2>/dev/null || sudo -v
 
+# Two processes share the tests (tests/spread.py): most of them wait for Tor or for a deadline.
+share = -n 2
+
 # Tests marked `root` change to other users themselves; a user runs them through sudo.
 by_sudo = sudo -n -E PYTHONDONTWRITEBYTECODE=1 $(bin)/pytest -p no:cacheprovider
 ifeq ($(shell id -u),0)
-pytest = $(bin)/pytest $(1)
+pytest = $(bin)/pytest $(share) $(1)
 again = $(bin)/pytest --last-failed --last-failed-no-failures none
 else
-pytest = $(bin)/pytest $(1) -m 'not root' && $(by_sudo) $(1) -m root
+pytest = $(bin)/pytest $(share) $(1) -m 'not root' && $(by_sudo) $(share) $(1) -m root
 again = false
 endif
 
@@ -32,7 +35,7 @@ stories: setup ## run the behaviour tests
 
 lab: everyday ## run the tests that need a lab
 	@$(as_root)
-	$(bin)/pytest -m lab
+	$(bin)/pytest $(share) -m lab
 
 torture: setup ## kill at every moment, disturb, fuzz, take each guard away: an hour
 	@$(as_root)

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from xdist import is_xdist_worker
 
+import spread
 from harness import ROOT, host_changes, host_state
 from users import NOBODY, USER, home_of, is_hidden, prefix_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
+
+    from xdist.remote import Producer
+
+HOST, CHANGES = pytest.StashKey[str](), pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,19 +28,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave torture out unless it is asked for."""
+    """Leave torture out unless it is asked for; begin with what takes long."""
     if "torture" not in config.option.markexpr:
         torture = [item for item in items if item.get_closest_marker("torture")]
         config.hook.pytest_deselected(items=torture)
         items[:] = [item for item in items if item not in torture]
+    items.sort(key=lambda item: spread.order(item.nodeid))
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _host_stays_as_it_is() -> Iterator[None]:
-    before = host_state()
-    yield
-    if changes := host_changes(before):
-        pytest.fail(f"the tests changed the host:\n{changes}", pytrace=False)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> spread.Spread:
+    return spread.Spread(config, log)
+
+
+# The host stays as it is. Of several processes, the one that only gives out tests looks after it.
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not is_xdist_worker(session):
+        session.config.stash[HOST] = host_state()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """After the last fixture."""
+    if not is_xdist_worker(session) and (changes := host_changes(session.config.stash[HOST])):
+        session.config.stash[CHANGES] = changes
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if changes := config.stash.get(CHANGES, ""):
+        terminalreporter.section("the tests changed the host", red=True)
+        terminalreporter.write_line(changes)
 
 
 @pytest.fixture(autouse=True, scope="session")

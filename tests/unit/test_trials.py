@@ -96,14 +96,11 @@ def test_one_uplink_is_enough(as_user: list[str]) -> None:
         ("no idea", "does not say its version, but 'no idea"),
     ],
 )
-def test_a_tor_that_is_too_old(as_user: list[str], tmp_path: Path, said: str, found: str) -> None:
+def test_a_tor_that_is_too_old(as_user: list[str], user_home: Path, said: str, found: str) -> None:
     """By what it says: an old tor cannot be had here, so a script says it."""
-    tmp_path.chmod(0o755)
-    for parent in list(tmp_path.parents)[:2]:
-        parent.chmod(0o755)
-    (tmp_path / "tor").write_text(f"#!/bin/sh\necho '{said}'\n")
-    (tmp_path / "tor").chmod(0o755)
-    tor = checks(as_user, f"PATH={tmp_path}:{os.environ['PATH']}", code=1)["tor"]
+    (user_home / "tor").write_text(f"#!/bin/sh\necho '{said}'\n")
+    (user_home / "tor").chmod(0o755)
+    tor = checks(as_user, f"PATH={user_home}:{os.environ['PATH']}", code=1)["tor"]
     assert found in tor["found"]
 
 
