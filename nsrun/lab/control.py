@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import nsrun
 from nsrun import linux, paths
@@ -40,6 +40,8 @@ SYSTEM_BUNDLES = (
     "/etc/ssl/cert.pem",
 )
 
+
+SILENCE = 120.0  # seconds that a holder may say nothing: longer than each of its own waits
 
 #: Tell OpenSSL, curl, Python's requests and git which certificates to trust.
 CA_VARIABLES = ("SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "GIT_SSL_CAINFO")
@@ -205,24 +207,36 @@ def _start(order: Order, file: IO[str], progress: Progress) -> Description:
     try:
         with holder.stdin as stdin:
             json.dump(dataclasses.asdict(order), stdin)
-        for line in holder.stdout:
-            message = json.loads(line)
-            if "ready" in message:
-                holder.stdout.close()
-                progress(100, "up")
-                # it outlives us: no warning about that, please
-                holder.returncode = 0
-                return describe(order.name)
-            if "error" in message:
-                raise NsrunError(**message["error"])
-            progress(message["progress"], message["summary"])
+        with holder.stdout as stdout:
+            for message in _messages(stdout.fileno(), order.name):
+                if "ready" in message:
+                    progress(100, "up")
+                    # it outlives us: no warning about that, please
+                    holder.returncode = 0
+                    return describe(order.name)
+                if "error" in message:
+                    raise NsrunError(**message["error"])
+                progress(message["progress"], message["summary"])
         words = Path(order.directory, "log").read_text().strip().splitlines()
         raise NsrunError(f"start the lab {order.name}", words[-1] if words else "its holder died")
     except BaseException:
         holder.terminate()
+        holder.send_signal(signal.SIGCONT)  # one that is stopped hears nothing else
         holder.wait()
         _forget(order.name)
         raise
+
+
+def _messages(pipe: int, name: str) -> Iterator[dict[str, Any]]:
+    """What a holder says while it boots. Raises NsrunError after SILENCE."""
+    said = b""
+    while select.select([pipe], [], [], SILENCE)[0]:
+        data = os.read(pipe, 1 << 16)
+        if not data:
+            return
+        *lines, said = (said + data).split(b"\n")
+        yield from map(json.loads, lines)
+    raise NsrunError(f"start the lab {name}", f"its holder is silent for {SILENCE:g} s")
 
 
 def _environment() -> dict[str, str]:
@@ -249,6 +263,7 @@ def _end(pid: int) -> None:
         with suppress(FileNotFoundError):  # it may not have come that far
             root = Path(f"/proc/{pid}/root/run/netns")
             theirs |= {hold(root / name) for name in NAMESPACES}
+        signal.pidfd_send_signal(holder, signal.SIGCONT)  # one that is stopped hears nothing else
         signal.pidfd_send_signal(holder, signal.SIGTERM)
         if not _ended(holder, 10):
             signal.pidfd_send_signal(holder, signal.SIGKILL)

@@ -19,6 +19,8 @@ import pytest
 from harness import ROOT
 from kill_place import dead, descendants
 from lab_helpers import TTP, Lab
+from nsrun.errors import NsrunError
+from nsrun.lab import control
 from town import eventually
 
 pytestmark = pytest.mark.lab
@@ -152,6 +154,30 @@ def test_a_starter_tells_of_a_holder_that_was_killed(lab: Lab) -> None:
         assert process.returncode == 1, said
         assert f"ttp: cannot start the lab {name}: " in said
         assert "Traceback" not in said
+
+
+@pytest.mark.promise("P8")
+def test_a_starter_does_not_wait_for_a_holder_that_is_stopped(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so, and ends what there is of the lab."""
+    if lab.who == "user":
+        return  # the starter is this process
+    name, inside = f"{lab.name}b", list[int]()
+
+    def stop(_percent: int, what: str) -> None:
+        if what == BOOT[1]:
+            holder = next(pid for pid in descendants(os.getpid()) if _is_holder(pid))
+            inside.extend([holder, *descendants(holder)])
+            os.kill(holder, signal.SIGSTOP)
+
+    monkeypatch.setattr(control, "SILENCE", 3)
+    with cleared(lab, name):
+        with pytest.raises(NsrunError, match=f"start the lab {name}: its holder is silent for 3"):
+            control.up(name, stop)
+        assert inside
+        eventually(lambda: all(map(dead, inside)), "the end of its programs")
+        assert name not in control.names()
 
 
 def kill_lab(lab: Lab, story: str) -> None:
