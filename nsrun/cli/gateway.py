@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -175,8 +174,8 @@ def logs(name: Named = "default") -> None:
         state = f"/proc/{gateway['pid']}/root{gateway['state']}"
     path = Path(paths.log(state))
     try:
-        sys.stdout.write(path.read_text(errors="replace"))
-    except FileNotFoundError:
+        output.text(path.read_text(errors="replace"))
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"read the log of the gateway {name}", "it never ran") from None
     except PermissionError:
         raise UsageError(f"read the log of the gateway {name}", "only root can") from None

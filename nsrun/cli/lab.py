@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from nsrun.cli import settings
+from nsrun.cli import output, settings
 from nsrun.cli.completion import labs
 from nsrun.client import visible
 from nsrun.errors import ExitCode, NsrunError, UsageError
@@ -104,7 +104,7 @@ def logs(
     if program is None:
         print("\n".join(control.logs(lab)))
     else:
-        sys.stdout.write(control.log(lab, program))
+        output.text(control.log(lab, program))
 
 
 @app.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 
 from nsrun.client import visible
@@ -15,6 +16,12 @@ def table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     for row in shown:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
+
+
+def text(content: str) -> None:
+    """Print a file as it is. Like print(), nothing where standard output is closed."""
+    if sys.stdout is not None:
+        sys.stdout.write(content)
 
 
 def as_json(value: object) -> None:

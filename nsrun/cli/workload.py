@@ -117,6 +117,8 @@ def logs(
 ) -> None:
     """Print what the detached workload NAME has printed."""
     record = inventory.one(name, gateway).need_record("read the log of")
+    if sys.stdout is None:  # closed by who started us: nobody wants to read it
+        return
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ttp logs NAME | head`
     try:
         with record.log.open("rb") as log:

@@ -41,6 +41,7 @@ SYSTEM_BUNDLES = (
 )
 
 
+ABSENT = (FileNotFoundError, NotADirectoryError)  # also where the runtime directory is a file
 SILENCE = 120.0  # seconds that a holder may say nothing: longer than each of its own waits
 
 #: Tell OpenSSL, curl, Python's requests and git which certificates to trust.
@@ -105,7 +106,7 @@ def down(name: str) -> None:
     """
     try:
         holder = _holder(_directory(name))
-    except FileNotFoundError:
+    except ABSENT:
         raise UsageError(f"end the lab {name}", "there is none", "ttp lab status") from None
     if holder is not None:
         with suppress(ProcessLookupError, FileNotFoundError):  # it may end by itself meanwhile
@@ -117,7 +118,7 @@ def names() -> list[str]:
     """All labs that are up."""
     try:
         found = sorted(_labs().iterdir())
-    except FileNotFoundError:
+    except ABSENT:
         return []
     return [path.name for path in found if (path / "lab.json").exists() and _holder(path)]
 
@@ -125,7 +126,7 @@ def names() -> list[str]:
 def describe(name: str) -> Description:
     """Raises UsageError when the lab is not up."""
     directory = _directory(name)
-    with suppress(FileNotFoundError):
+    with suppress(*ABSENT):
         if _holder(directory):
             return Description(**json.loads((directory / "lab.json").read_text()))
     raise UsageError(f"find the lab {name}", "it is not up", f"ttp lab up {name}")

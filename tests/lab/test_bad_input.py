@@ -214,6 +214,34 @@ def test_what_is_printed_cannot_be_kept_or_is_not_read(lab: Lab) -> None:
         shell(f'"$0" {verb} untold')
 
 
+def test_where_nothing_can_be_printed_nothing_is(lab: Lab) -> None:
+    """Standard output is closed: no complaint, as of other commands that have only that to do."""
+    done = lab.run("echo", "something", options=["--detach", "--name", "unheard"])
+    assert done.returncode == 0, done.stderr
+    lab.about("wait", "unheard")
+    logs = ("logs -g $1 unheard", "gateway logs $1", "lab logs --lab $1 gateway", "lab status $1")
+    try:
+        for words in logs:
+            done = lab.do("sh", "-c", f'"$0" {words} >&-', TTP, lab.name)
+            assert (done.returncode, done.stderr) == (0, ""), words
+    finally:
+        lab.about("rm", "unheard")
+
+
+def test_a_file_in_the_place_of_a_directory(lab: Lab) -> None:
+    """What runs is in no file: there is nothing, and nothing unforeseen about it."""
+    for variable, words, code, told in (
+        ("RUNTIME", ("lab", "status"), 0, "no lab is up"),
+        ("RUNTIME", ("lab", "down"), 2, "there is none"),
+        ("RUNTIME", ("lab", "logs"), 2, "it is not up"),
+        ("STATE", ("gateway", "logs", "nobody-knows"), 2, "it never ran"),
+        ("RUNTIME", ("lab", "up", lab.name), 1, "use the directory /etc/passwd"),
+    ):
+        done = lab.do("env", f"TTP_{variable}_DIR=/etc/passwd", TTP, *words)
+        assert done.returncode == code, done.stderr
+        assert told in (done.stderr.splitlines()[0] if code else done.stdout)
+
+
 def test_a_command_or_a_user_that_is_not_known(lab: Lab) -> None:
     """127 is env(1)'s; a user is asked for before anything is done."""
     refused(lab.run("no-such-program"), 127, "cannot run no-such-program: not found")
