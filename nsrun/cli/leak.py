@@ -73,7 +73,7 @@ def leaktest(
     if defect is not None and defect not in broken:
         raise UsageError(f"test the defect {defect}", "there is none", "ttp leaktest --list")
     if list_:
-        _list(probes)
+        _list(probes, as_json)
         return
     if fuzz and (wanted or defect or junit):
         cause = "random packets are sent instead of probes, to a gateway without a defect"
@@ -151,9 +151,20 @@ def program() -> str:
     return str(beside) if beside.exists() else "ttp"
 
 
-def _list(probes: Sequence[Probe]) -> None:
+def _list(probes: Sequence[Probe], as_json: bool) -> None:
     from nsrun.leak.broken import CARELESS, CONFUSED, DEFECTS
 
+    if as_json:
+        keys = ("name", "promises", "expect", "title")
+        found = {
+            "probes": [{key: getattr(one, key) for key in keys} for one in probes],
+            "defects": [
+                {key: getattr(one, key) for key in ("name", "title")}
+                for one in (*DEFECTS, *CARELESS, CONFUSED)
+            ],
+        }
+        print(json.dumps(found, indent=2))
+        return
     for probe in probes:
         print(f"{probe.name:<20} {' '.join(probe.promises):<9} {probe.expect:<12} {probe.title}")
     print()

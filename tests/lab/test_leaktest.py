@@ -36,6 +36,16 @@ def test_every_probe_is_contained_and_its_control_seen(lab: Lab) -> None:
     assert {wire["wire"] for wire in found["wires"]} == {"gateway", "host", "lan"}
 
 
+def test_what_can_be_tried_is_listed(lab: Lab) -> None:
+    """As JSON too, of the probes that are asked for, and of every defect."""
+    code, found = leaktest(lab, "--list", "udp*")
+    assert code == 0
+    named = {probe["name"]: probe["promises"] for probe in found["probes"]}
+    assert named == {one.name: list(one.promises) for one in PROBES if one.name.startswith("udp")}
+    every = (*DEFECTS, *CARELESS, CONFUSED)
+    assert found["defects"] == [{"name": one.name, "title": one.title} for one in every]
+
+
 def test_it_tells_no_lie_that_outlives_it(lab: Lab) -> None:
     """Its ARP is believed on the lab's LAN: gateway, router and host still find each other."""
     assert leaktest(lab, "arp-*", "frame-mac")[0] == 0
