@@ -15,7 +15,7 @@ import typer
 
 from nsrun import enter
 from nsrun.cli import leak, output, workload
-from nsrun.errors import ExitCode, NsrunError
+from nsrun.errors import ExitCode, NsrunError, UsageError
 
 if TYPE_CHECKING:
     from nsrun.leak.machine import Machine
@@ -54,6 +54,9 @@ def check_leak(
 
     inside = (sys.executable, "-P", "-m", "nsrun.leak.inside")
     if Path(enter.WORKLOAD_MARK).exists():
+        if gateway is not None:
+            cause = "this process is in a workload, and that one is checked"
+            raise UsageError(f"check the gateway {gateway}", cause, "leave out --gateway")
         around, command = Machine(), inside
     else:
         chosen = ("--gateway", gateway) if gateway is not None else ()

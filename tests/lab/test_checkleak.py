@@ -67,6 +67,15 @@ def test_it_checks_the_workload_that_it_is_started_in(lab: Lab) -> None:
     assert "Not seen from inside: the wires." in done.stdout
 
 
+def test_inside_a_workload_no_other_gateway_can_be_checked(lab: Lab) -> None:
+    """It would be another one than is asked for."""
+    done = lab.run(TTP, "check-leak", "--gateway", "other")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        "ttp: cannot check the gateway other: this process is in a workload"
+    )
+
+
 def test_a_gateway_that_is_not_there_is_named(lab: Lab) -> None:
     """Nothing is reported then, least of all that all is well."""
     done = lab.do(TTP, "check-leak", "--gateway", "nowhere")
