@@ -327,6 +327,9 @@ def _perform(op: list[Any], descriptors: dict[str, int], verbose: bool) -> None:
     except Exception as error:
         if op[0] in ("come_back", "work_in") and isinstance(error, OSError):
             fail(RefusedError(f"work in {error.filename}", str(error.strerror), _WHERE, RUN_FAILED))
+        if op[0] == "hold_sockets" and isinstance(error, OSError):
+            where = f"allow the socket {error.filename}"
+            fail(RefusedError(where, str(error.strerror), _SOCKET, RUN_FAILED))
         fail(RefusedError(f"isolate the command ({op[0]})", str(error), _DOCTOR, RUN_FAILED))
 
 
@@ -388,6 +391,7 @@ def defaults() -> dict[str, Any]:
 
 _DOCTOR = "the command was not run; ttp doctor tells what this machine lacks"
 _WHERE = "it is gone, or hidden inside, or closed to root: go elsewhere, or give --workdir"
+_SOCKET = "the command was not run; --allow-socket takes the path of a socket that is there"
 _AGAIN = "run the same command again: it starts a new one"
 _CLOEXEC = 0x40000000  # MSG_CMSG_CLOEXEC
 

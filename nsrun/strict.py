@@ -75,7 +75,7 @@ def hold_sockets(paths: list[str], descriptors: dict[str, int]) -> None:
     for path in paths:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         if os.fstat(fd).st_mode & 0o170000 != 0o140000:
-            raise OSError(f"{path} is no socket")
+            raise OSError(88, "it is no socket", path)  # ENOTSOCK
         descriptors[f"socket {os.path.abspath(path)}"] = fd
 
 

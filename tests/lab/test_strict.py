@@ -150,8 +150,8 @@ def test_an_allowed_socket_is_reached_and_no_other(lab: Lab, place: Path, where:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--strict", "--allow-socket", "/nowhere"], "/nowhere"),
-        (["--strict", "--allow-socket", "/etc/passwd"], "/etc/passwd is no socket"),
+        (["--strict", "--allow-socket", "/nowhere"], "allow the socket /nowhere: No such"),
+        (["--strict", "--allow-socket", "/etc/passwd"], "allow the socket /etc/passwd: it is no"),
         (["--allow-socket", "/etc/passwd"], "add --strict"),
     ],
 )
