@@ -59,9 +59,14 @@ def describe(
     return spec
 
 
+def may_start(name: str, found: settings.Settings) -> bool:
+    """Whether ``ttp run`` starts this gateway, when it is not up."""
+    return name == "default" or name in found.gateways
+
+
 def on_demand(name: str, found: settings.Settings) -> GatewaySpec:
     """The gateway that ``ttp run`` may start. Raises UsageError when it must be up."""
-    if name != "default" and name not in found.gateways:
+    if not may_start(name, found):
         raise UsageError(
             f"use the gateway {name}",
             "it is not up",

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, wraps
 from typing import Annotated, Any, get_type_hints
 
@@ -280,26 +281,36 @@ def _shell() -> str:
 def plan(spec: RunSpec) -> None:
     """Print every step that `ttp run` would take on a new gateway, and do nothing.
 
+    On a gateway that ttp run could not start, a lab's for instance, those that are left.
     What runs on the host is shown as it is; namespaces are shown by name, though they have none.
     """
     from nsrun import facts
-    from nsrun.cli.gateway import on_demand
+    from nsrun.cli.gateway import may_start, on_demand
     from nsrun.gateway import control, uplink
-    from nsrun.plan import Plan, make_plan
+    from nsrun.gateway.requests import CA_FILE, CA_VARIABLES
+    from nsrun.plan import make_plan
     from nsrun.steps import StartUplink
 
-    shared = control.owner(spec.gateway) == 0 != os.geteuid()
+    defaults, user = settings.here(), control.owner(spec.gateway)
+    shared = user == 0 != os.geteuid()
     rootless = os.geteuid() != 0 and not shared
     caller, environment = resolve(spec, client.caller(), rootless)
-    if shared:
+    if shared or (user is not None and not may_start(spec.gateway, defaults)):
         found = control.ask(spec.gateway, {"do": "inspect"})
         gateway = GatewaySpec(spec.gateway, found["runtime"], found["state"])
-        made = make_plan(gateway, facts.probe(), caller, rootless, spec, guest=os.getpid())
-        (first, *_), *rest = made.enter
-        print(f"# the gateway is root's, and up\n\n# ahead of all, by the client\n{first}")
-        made = Plan((), made.workload, tuple(rest))
+        guest = os.getpid() if shared else 0
+        made = make_plan(gateway, facts.probe(), caller, rootless, spec, guest=guest)
+        if shared:
+            (first, *_), *rest = made.enter
+            print(f"# the gateway is root's, and up\n\n# ahead of all, by the client\n{first}")
+            made = replace(made, enter=tuple(rest))
+        else:
+            print("# the gateway is up")
+        if found["uplink"]["kind"] == "lab":
+            environment |= dict.fromkeys(CA_VARIABLES, CA_FILE)
+        made = replace(made, gateway=())
     else:
-        gateway = on_demand(spec.gateway, settings.here())
+        gateway = on_demand(spec.gateway, defaults)
         made = make_plan(gateway, facts.probe(), caller, rootless, spec)
         print("# the gateway, by its supervisor, once")
     for step in made.gateway:

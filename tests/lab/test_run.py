@@ -274,6 +274,19 @@ def test_a_plan_is_printed_and_nothing_done(lab: Lab) -> None:
     assert lab.ttp("gateway", "ls").stdout == before
 
 
+def test_a_plan_on_a_gateway_that_is_up_is_what_is_done(lab: Lab) -> None:
+    """A lab's, which nobody else could make: the command's own steps, one by one, as with -v."""
+    done = lab.ttp("plan", "-g", lab.name, "--", "true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# the gateway is up\n\n# the workload, by the supervisor\n")
+    rows = done.stdout.partition("# the command, by the client\n")[2].splitlines()
+    verbs = [row.split()[0] for row in rows if not row.startswith(("export ", "exec "))]
+    assert "export SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt" in rows
+    shown = lab.run("true", options=["--verbose"]).stderr.splitlines()
+    effects = [line.split()[1] for line in shown if line.startswith("[#] ")]
+    assert effects[-len(verbs) :] == verbs
+
+
 def test_a_closed_standard_error_stays_the_commands(lab: Lab) -> None:
     """Nothing of ours takes its place, and our own complaint goes nowhere."""
     run = f"{TTP} run -g {lab.name} --"
