@@ -24,6 +24,7 @@ from nsrun.netns import Namespace, namespace_at, own_namespace_of
 from nsrun.steps import (
     AddLink,
     AttachNamespace,
+    AwaitLink,
     DropElements,
     DropLink,
     DropNamespace,
@@ -82,6 +83,8 @@ class Machine:
                 self.namespaces[where].call(_write_sysctl, key, value)
             case Ip() | AddLink() | DropLink():
                 self._ip(step)
+            case AwaitLink(where, link):
+                self.namespaces[where].tell(netlink.NETLINK_ROUTE, netlink.await_up, link)
             case LoadRules(where, text):
                 self._load(step, where, text)
             case SetElements(where, text):

@@ -8,10 +8,12 @@ Sources: rtnetlink(7), linux/if_link.h, linux/fib_rules.h, linux/netfilter/nf_ta
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
 import struct
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import ip_address, ip_interface, ip_network
 
@@ -21,8 +23,9 @@ NLA_F_NESTED, NLMSGERR_ATTR_MSG, IFNAMSIZ = 0x8000, 1, 16
 REQUEST, ACK, EXCL, CREATE = 0x1, 0x4, 0x200, 0x400
 NEW = ACK | EXCL | CREATE
 
-NEWLINK, DELLINK, NEWADDR, NEWROUTE, NEWRULE, DELRULE = 16, 17, 20, 24, 32, 33
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU = 1, 3, 4
+ERROR, NEWLINK, DELLINK, GETLINK = 2, 16, 17, 18
+NEWADDR, NEWROUTE, NEWRULE, DELRULE = 20, 24, 32, 33
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_OPERSTATE, IF_OPER_UP = 1, 3, 4, 16, 6
 IFLA_LINKINFO, IFLA_AF_SPEC, IFLA_NET_NS_FD = 18, 26, 28
 INFO_KIND, INFO_DATA, PEER, ADDR_GEN_MODE, GEN_MODE_NONE = 1, 2, 1, 8, 1
 IFF_UP, IFF_NOARP = 0x1, 0x80
@@ -39,6 +42,8 @@ NFT_BATCH_BEGIN, NFT_BATCH_END, NFT_SUBSYSTEM, NFT_INET = 16, 17, 10, 1
 NFT_ELEMENT = {"add": NFT_SUBSYSTEM << 8 | 12, "delete": NFT_SUBSYSTEM << 8 | 14}
 ELEM_LIST_TABLE, ELEM_LIST_SET, ELEM_LIST_ELEMENTS = 1, 2, 3
 ELEM, ELEM_KEY, ELEM_DATA, DATA_VALUE = 1, 1, 2, 1
+
+PATIENCE = 2000  # ms for a link to come up, which takes a few
 
 Message = tuple[int, int, bytes]  # type, flags, and what follows the header
 
@@ -75,6 +80,25 @@ def elements(kernel: socket.socket, text: str) -> None:
     edge = struct.pack("=BxH", 0, socket.htons(NFT_SUBSYSTEM))
     batch = [_element(line) for line in text.splitlines()]
     _send(kernel, [(NFT_BATCH_BEGIN, 0, edge), *batch, (NFT_BATCH_END, 0, edge)])
+
+
+def await_up(kernel: socket.socket, link: str) -> None:
+    """Wait until a link passes packets, which is some ms after both of its ends were set up.
+
+    Must be called in the socket's namespace. Linux 6.8 and later waits itself, when it is asked
+    (commit facd15dfd691). Raises OSError if there is no such link, or if it does not come up.
+    """
+    request = _packet([(GETLINK, 0, _link(["name", link], {}))])
+    for _ in range(PATIENCE):
+        kernel.send(request)
+        [(kind, body)] = _messages(kernel.recv(1 << 16, socket.MSG_DONTWAIT))
+        if kind == ERROR:
+            code = -int.from_bytes(body[:4], "little", signed=True)
+            raise OSError(code, os.strerror(code), f"ip link show {link}")
+        if dict(_attributes(body[16:]))[IFLA_OPERSTATE] == bytes([IF_OPER_UP]):
+            return
+        time.sleep(0.001)  # an older kernel tells, but to another socket, which may miss it
+    raise OSError(errno.ETIMEDOUT, "it does not come up", f"ip link show {link}")
 
 
 def gone_links(data: bytes) -> list[str]:
@@ -247,11 +271,7 @@ def _send(kernel: socket.socket, messages: list[Message]) -> None:
 
     The kernel has answered when send(2) returns, so nothing is waited for.
     """
-    packet = b"".join(
-        struct.pack("=IHHII", 16 + len(body), kind, REQUEST | flags, number, 0) + body
-        for number, (kind, flags, body) in enumerate(messages)
-    )
-    kernel.send(packet)
+    kernel.send(_packet(messages))
     unanswered = sum(1 for _, flags, _ in messages if flags & ACK)
     while unanswered > 0:
         for _, body in _messages(kernel.recv(1 << 16, socket.MSG_DONTWAIT)):
@@ -260,6 +280,13 @@ def _send(kernel: socket.socket, messages: list[Message]) -> None:
                 words = dict(_attributes(body[20:])).get(NLMSGERR_ATTR_MSG, b"").rstrip(b"\0")
                 raise OSError(code, words.decode() or os.strerror(code))
             unanswered -= 1
+
+
+def _packet(messages: list[Message]) -> bytes:
+    return b"".join(
+        struct.pack("=IHHII", 16 + len(body), kind, REQUEST | flags, number, 0) + body
+        for number, (kind, flags, body) in enumerate(messages)
+    )
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:

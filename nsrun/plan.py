@@ -19,6 +19,7 @@ from nsrun.spec import Caller, GatewaySpec, RunSpec
 from nsrun.steps import (
     AddLink,
     AttachNamespace,
+    AwaitLink,
     Ip,
     LoadRules,
     MakeDirectory,
@@ -220,7 +221,9 @@ def workload_steps(
     """A namespace whose only link ends in the gateway: ready to be joined, or somebody's own."""
     add = _add_link("eth0", workload.link)
     made: tuple[Step, ...]
+    used: tuple[Step, ...] = ()
     if isinstance(own, OpenNamespace):
+        used = (AwaitLink("workload", "eth0"), AwaitLink("gateway", workload.link))  # at once
         made = (
             own,
             AddLink("workload", add, workload.link),
@@ -235,7 +238,7 @@ def workload_steps(
             Ip("workload", ("link set lo up", add, *_near_end(workload), *_RESOLVERS)),
             SetSysctl("workload", "net.ipv4.conf.eth0.route_localnet", "1"),
         )
-    return (*made, *_gateway_end(workload, deaf=own is not None))
+    return (*made, *_gateway_end(workload, deaf=own is not None), *used)
 
 
 def loose_link_steps(workload: Workload, engine: OpenNamespace, link: str) -> tuple[Step, ...]:

@@ -134,6 +134,20 @@ class DropLink:
 
 
 @dataclass(frozen=True)
+class AwaitLink:
+    """A link that is up passes packets some ms later; those that are sent before are lost."""
+
+    where: str
+    link: str
+
+    def describe(self) -> str:
+        return f"until ip -n {self.where} link show {self.link} | grep 'state UP'; do :; done"
+
+    def undo(self) -> Step | None:
+        return None
+
+
+@dataclass(frozen=True)
 class LoadRules:
     """One nft transaction. A whole table is read back afterwards and compared (P12).
 
@@ -307,6 +321,7 @@ Step = (
     | Ip
     | AddLink
     | DropLink
+    | AwaitLink
     | LoadRules
     | SetElements
     | DropElements

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import pytest
 
-from nsrun import ruleset
+from nsrun import netlink, ruleset
 from nsrun.address import BLOCKS
 from nsrun.apply import Machine
 from nsrun.doctor.trials import read_back
@@ -23,7 +23,7 @@ from nsrun.errors import NsrunError, VerifyError
 from nsrun.gateway.workloads import Workloads, gone_links, link_monitor
 from nsrun.plan import LINK_MAC, Workload, option_steps, workload_steps
 from nsrun.spec import RunSpec
-from nsrun.steps import DropElements, Ip, LoadRules, MakeNamespace, SetElements
+from nsrun.steps import AwaitLink, DropElements, Ip, LoadRules, MakeNamespace, SetElements
 from town import eventually
 
 pytestmark = pytest.mark.root
@@ -134,6 +134,22 @@ def test_a_workload_is_the_same_as_by_ip_and_nft(ours: Pair, theirs: Pair) -> No
     with suppress(AssertionError):
         eventually(lambda: ours.state() == theirs.state(), "the kernel to notice that links are up")
     assert ours.state() == theirs.state()
+
+
+def test_a_link_is_awaited(ours: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it passes packets; that its other end stays down, or that there is none, is told."""
+    monkeypatch.setattr(netlink, "PATIENCE", 5)
+    add = f"link add eth1 {MAC} type veth peer name away {MAC} netns @gateway"
+    ours.machine.do(Ip("workload", (add, "link set eth1 up")))
+    with pytest.raises(NsrunError, match="it does not come up"):
+        ours.machine.do(AwaitLink("workload", "eth1"))
+    with pytest.raises(NsrunError, match="No such device"):
+        ours.machine.do(AwaitLink("workload", "eth2"))
+    ours.machine.do(Ip("gateway", ("link set away up",)))
+    monkeypatch.undo()
+    for where, link in (("workload", "eth1"), ("gateway", "away")):
+        ours.machine.do(AwaitLink(where, link))
+        assert " state UP " in ours.run(where, "ip", "link", "show", link)
 
 
 @pytest.mark.promise("P12")
