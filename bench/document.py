@@ -111,6 +111,7 @@ and on a busy one so do ratios. All of it ran in a lab, so the network takes no 
   its stock.
 - *starts a second*: one every 20 ms for a minute, late or not.
 - *docker run*: by a dockerd of its own on the lab's host, as root, where docker is installed.
-  ttp's takes a second container, the holder, whose end falls into the next round.
+  ttp's takes a second container, the holder, whose end is awaited, but not counted. *By the
+  driver*: on a network of ttp's driver, which serves on the lab's host.
 - *supervisor*: the proportional set size is less when other Python programs share its pages.
 """
