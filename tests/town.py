@@ -48,6 +48,16 @@ UPLINK4, UPLINK6 = "198.51.100.2", "2001:db8:100::2"
 WORLD4, WORLD6 = "198.51.100.1", "2001:db8:100::1"
 SITE4, SITE6 = "93.184.216.34", "2606:2800:220:1::1"
 ETH_P_ALL = 3
+LISTENERS = {
+    TRANS_PORT: socket.SOCK_STREAM,
+    TRANS_PORT_BY_DESTINATION: socket.SOCK_STREAM,
+    SOCKS_PORT: socket.SOCK_STREAM,
+    SOCKS_PORT_BY_DESTINATION: socket.SOCK_STREAM,
+    HTTP_PORT: socket.SOCK_STREAM,
+    HTTP_PORT_BY_DESTINATION: socket.SOCK_STREAM,
+    DNS_PORT: socket.SOCK_DGRAM,
+    DNS_PORT_BY_DESTINATION: socket.SOCK_DGRAM,
+}
 
 
 @dataclass
@@ -211,18 +221,17 @@ class TorStandIn:
     """
 
     def __init__(
-        self, gateway: Namespace, heard: list[tuple[str, str, int]], ports: list[int]
+        self,
+        gateway: Namespace,
+        heard: list[tuple[str, str, int]],
+        ports: list[int],
+        at: tuple[str, ...] = (GATEWAY4, GATEWAY6),
+        kinds: dict[int, socket.SocketKind] = LISTENERS,
     ) -> None:
         self.heard, self.ports, self._sockets = heard, ports, []
-        streams = (TRANS_PORT, TRANS_PORT_BY_DESTINATION)
-        proxies = (SOCKS_PORT, SOCKS_PORT_BY_DESTINATION, HTTP_PORT, HTTP_PORT_BY_DESTINATION)
-        kinds = {
-            **dict.fromkeys((*streams, *proxies), socket.SOCK_STREAM),
-            **dict.fromkeys((DNS_PORT, DNS_PORT_BY_DESTINATION), socket.SOCK_DGRAM),
-        }
-        for host, family in ((GATEWAY4, socket.AF_INET), (GATEWAY6, socket.AF_INET6)):
+        for host in at:
             for port, kind in kinds.items():
-                listener = gateway.call(socket.socket, family, kind)
+                listener = gateway.call(socket.socket, _family(host), kind)
                 listener.bind((host, port))
                 if kind == socket.SOCK_STREAM:
                     listener.listen()

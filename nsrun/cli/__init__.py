@@ -13,7 +13,19 @@ import typer
 from typer.exceptions import TyperException
 
 from nsrun import __version__, client, enter
-from nsrun.cli import check, completion, config, docker, doctor, gateway, lab, leak, run, workload
+from nsrun.cli import (
+    check,
+    completion,
+    config,
+    docker,
+    doctor,
+    gateway,
+    lab,
+    leak,
+    rules,
+    run,
+    workload,
+)
 from nsrun.errors import ExitCode, NsrunError, UsageError
 
 UNREAD = (errno.EPIPE, errno.ENOSPC)  # of what has no name, as standard output
@@ -33,6 +45,7 @@ run.register(app)
 app.command("plan", cls=run.CLASS, context_settings=run.CONTEXT)(run.takes_request(run.plan))
 workload.register(app)
 app.command()(doctor.doctor)
+app.command()(rules.rules)
 app.command()(completion.completion)
 app.command()(leak.leaktest)
 app.command(check.NAME)(check.check_leak)

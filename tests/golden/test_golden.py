@@ -13,7 +13,7 @@ import pytest
 
 from nsrun import ruleset
 from nsrun.address import BLOCKS
-from nsrun.host import rules
+from nsrun.host import export_iptables, rules
 from nsrun.host.policy import HostPolicy
 from nsrun.plan import Facts, make_plan
 from nsrun.ruleset import FromInterface
@@ -46,6 +46,10 @@ RULESETS = {
     "host-lockdown": rules.render_lockdown(EXEMPT),
     "host-closed": rules.render_closed(),
     "closed": ruleset.render_closed(),
+}
+EXPORTS = {
+    "host.iptables": export_iptables.script(HOST),
+    "host-both.iptables": export_iptables.script(replace(MIDDLEBOX, own="all")),
 }
 
 FACTS = Facts(
@@ -99,6 +103,12 @@ PLANS = {
 def test_ruleset(name: str, golden: Golden) -> None:
     """The text of every ruleset is known, rule by rule."""
     golden(f"{name}.nft", RULESETS[name])
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_export(name: str, golden: Golden) -> None:
+    """What is printed for other packet filters; tests/stories loads what Linux can load."""
+    golden(name, EXPORTS[name])
 
 
 @pytest.mark.parametrize("name", RULESETS)

@@ -26,6 +26,8 @@ PURE = (
     "nsrun.containers.driver",
     "nsrun.containers.options",
     "nsrun.containers.pause",
+    "nsrun.host.export_iptables",
+    "nsrun.host.export_torrc",
     "nsrun.host.policy",
     "nsrun.host.rule",
     "nsrun.host.rules",

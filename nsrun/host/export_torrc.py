@@ -1,0 +1,32 @@
+"""What has to be set up beside exported rules: Tor's listeners, and the resolver. Pure.
+
+``ttp start`` does this itself. Source: tor(1), 0.4.9.
+"""
+
+from __future__ import annotations
+
+from nsrun.host.policy import HostPolicy
+
+
+def heading(policy: HostPolicy) -> str:
+    """Comment lines to stand above the rules, in any of their forms."""
+    hosts = [] if policy.own == "none" else ["127.0.0.1"]
+    if policy.own != "none" and policy.ipv6:
+        hosts.append("[::1]")
+    hosts += [f"ADDRESS-OF-{name}" for name in policy.gateway_for]
+    torrc = [
+        f"VirtualAddrNetworkIPv4 {policy.automap4}",
+        f"VirtualAddrNetworkIPv6 {_bracketed(policy.automap6)}",
+        "AutomapHostsOnResolve 1",
+        *(f"TransPort {host}:{policy.trans_port}" for host in hosts),
+        *(f"DNSPort {host}:{policy.dns_port}" for host in hosts),
+    ]
+    lines = ["torrc:", *(f"  {line}" for line in torrc)]
+    if policy.own in ("all", "onion"):
+        lines += ["/etc/resolv.conf:", "  nameserver 127.0.0.1"]
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _bracketed(network: str) -> str:
+    address, _, length = network.partition("/")
+    return f"[{address}]/{length}"

@@ -1,0 +1,43 @@
+"""Users and groups of this machine, by name or as numbers."""
+
+from __future__ import annotations
+
+import grp
+import pwd
+from collections.abc import Iterable
+from contextlib import suppress
+
+from nsrun.errors import UsageError
+from nsrun.facts import TOR_USERS
+
+
+def users(doing: str, words: Iterable[str]) -> tuple[int, ...]:
+    """Numbers of users; each word may be several, with commas between. Raises UsageError."""
+    return tuple(_number(doing, word, "user") for word in _single(words))
+
+
+def groups(doing: str, words: Iterable[str]) -> tuple[int, ...]:
+    return tuple(_number(doing, word, "group") for word in _single(words))
+
+
+def tor_user() -> int | None:
+    """Whom the distribution's package made for Tor."""
+    for name in TOR_USERS:
+        with suppress(KeyError):
+            return pwd.getpwnam(name).pw_uid
+    return None
+
+
+def _single(words: Iterable[str]) -> list[str]:
+    return [one for word in words for one in word.split(",")]
+
+
+def _number(doing: str, word: str, kind: str) -> int:
+    if word.isascii() and word.isdecimal() and int(word) < 2**32 - 1:  # -1 stands for nobody
+        return int(word)
+    try:
+        return pwd.getpwnam(word).pw_uid if kind == "user" else grp.getgrnam(word).gr_gid
+    except KeyError:
+        database = "passwd" if kind == "user" else "group"
+        hint = f"getent {database} lists them"
+        raise UsageError(doing, f"there is no {kind} {word!r}", hint) from None

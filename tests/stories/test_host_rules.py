@@ -1,0 +1,581 @@
+"""What leaves a torified machine: Tor, what is exempt, and not one packet more.
+
+    guest ─eth0══eth1─ host ─eth0══eth0─ world
+
+Actors are in host_town.py. Each story is told for every form that the rules are written in; where
+silence is expected, the same stimulus is heard once the rules are taken away.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from host_town import (
+    ALICE,
+    BOB,
+    CGROUPS,
+    FORMS,
+    GUEST4,
+    HOST4,
+    HOST6,
+    LAN4,
+    LAN6,
+    TO_GUEST4,
+    TO_GUEST6,
+    TOR,
+    Form,
+    HostTown,
+    host_town,
+)
+from nsrun.host import rules
+from nsrun.host.policy import HostPolicy
+from town import SITE4, SITE6, Actor, eventually
+
+pytestmark = pytest.mark.root
+
+TOKEN = b"a story's own token"
+ALL = HostPolicy(TOR)
+ONION4, ONION6 = "10.202.82.1", "fd74:7470:1:1000::7"
+DOH4, DOH6 = "1.1.1.1", "2620:fe::fe"
+
+
+@pytest.fixture(params=FORMS)
+def town(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[HostTown]:
+    form: Form = request.param
+    with host_town(form, tmp_path) as it:
+        yield it
+
+
+@pytest.fixture
+def nft_town(tmp_path: Path) -> Iterator[HostTown]:
+    """For what the forms do not differ in, or is of nft only."""
+    with host_town("nft", tmp_path) as it:
+        yield it
+
+
+def udp(actor: Actor, host: str = SITE4, port: int = 443) -> None:
+    actor.send(host, port, TOKEN).close()
+
+
+def tcp(actor: Actor, host: str = SITE4, port: int = 80) -> bytes:
+    with actor.connect(host, port) as connection:
+        return connection.recv(100)
+
+
+def ping(actor: Actor, host: str = SITE4) -> None:
+    family, protocol, kind = socket.AF_INET, socket.IPPROTO_ICMP, 8
+    if ":" in host:
+        family, protocol, kind = socket.AF_INET6, socket.IPPROTO_ICMPV6, 128
+    with actor.open(family, socket.SOCK_RAW, protocol) as icmp:
+        icmp.sendto(struct.pack(">BBHHH", kind, 0, 0, 1, 1) + TOKEN, (host, 0))
+
+
+def gre(actor: Actor) -> None:
+    with actor.open(socket.AF_INET, socket.SOCK_RAW, 47) as tunnel:
+        tunnel.sendto(TOKEN, (SITE4, 0))
+
+
+def bare_ack(actor: Actor, port: int = 443) -> None:
+    """A segment of no connection, and without a socket that the rules could ask for its user."""
+    header = struct.pack(">HHIIBBHHH", 4000, port, 1, 1, 0x50, 0x10, 1000, 0, 0)
+    with actor.open(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as segments:
+        segments.sendto(header + TOKEN, (SITE4, 0))
+
+
+def send_until_reset(connection: socket.socket) -> None:
+    for _ in range(20):
+        connection.sendall(TOKEN)
+        time.sleep(0.02)  # the interval at which a reset is looked for
+
+
+def refused(act: Callable[[], object]) -> None:
+    """At once, and not by a time-out."""
+    begin = time.monotonic()
+    with pytest.raises(OSError) as error:
+        act()
+    assert not isinstance(error.value, TimeoutError)
+    assert time.monotonic() - begin < 1
+
+
+# ---- what goes to Tor ----------------------------------------------------------------------------
+
+
+@pytest.mark.promise("P1")
+@pytest.mark.parametrize("lan", [True, False], ids=["lan", "no-lan"])
+def test_tcp_of_a_host_with_a_public_address_goes_to_tor(town: HostTown, lan: bool) -> None:
+    """Tor's answers have that address as their destination, and come by loopback all the same."""
+    town.load(replace(ALL, lan=lan))
+    with town.world_hears() as frames:
+        for site in (SITE4, SITE6):
+            assert b"stand-in" in tcp(town.alice, site)
+    assert not frames
+    assert town.heard == [(HOST4, SITE4, 80), (HOST6, SITE6, 80)]
+
+
+@pytest.mark.promise("P1")
+def test_onion_addresses_go_to_tor_although_they_are_in_a_range_of_the_lan(town: HostTown) -> None:
+    """By TCP; by anything else they are refused, before the LAN bypass."""
+    town.load(ALL)
+    with town.world_hears() as frames:
+        for onion in (ONION4, ONION6):
+            assert b"stand-in" in tcp(town.alice, onion)
+            refused(partial(udp, town.alice, onion))
+    assert not frames
+    town.contained(*(partial(udp, town.alice, onion) for onion in (ONION4, ONION6)))
+
+
+@pytest.mark.promise("P2")
+@pytest.mark.parametrize("lan", [True, False], ids=["lan", "no-lan"])
+def test_dns_to_any_resolver_is_answered_by_tor(town: HostTown, lan: bool) -> None:
+    """On loopback, where resolv.conf points to and local resolvers listen; elsewhere."""
+    town.load(replace(ALL, lan=lan))
+    resolvers = ("127.0.0.1", "127.0.0.53", LAN4, "9.9.9.9", "::1", LAN6, DOH6)
+    with town.world_hears() as frames:
+        for resolver in resolvers:
+            assert b"example" in town.alice.ask(resolver, "example.test")
+    assert not frames
+    assert [heard[1] for heard in town.heard] == ["dns"] * len(resolvers)
+
+
+@pytest.mark.promise("P2")
+def test_a_flow_to_a_resolver_from_before_is_refused(town: HostTown) -> None:
+    """Its address is not translated any more; by the LAN bypass it would leave."""
+    town.nft("table inet other { chain c { type filter hook output priority 0; ct state new; }; }")
+    query = b"\0\7\1\0\0\1" + bytes(6) + b"\4test\0\0\1\0\1"
+    with town.alice.send(LAN4, 53, query) as flow:
+        town.load(ALL)
+        flow.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # forgets that nobody listens there
+        with town.world_hears() as frames, pytest.raises(PermissionError):
+            flow.send(query)
+        assert not frames
+        flow.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        town.unguarded()
+        town.passes(partial(flow.send, query))
+
+
+@pytest.mark.promise("P2")
+def test_dns_by_tcp(town: HostTown) -> None:
+    """To a resolver on the LAN it is refused, as Tor's DNSPort speaks UDP only; to one elsewhere it
+    is TCP like any other; on loopback nobody listens."""
+    town.load(ALL)
+    with town.world_hears() as frames:
+        for resolver in (LAN4, LAN6, "127.0.0.1"):
+            refused(partial(tcp, town.alice, resolver, 53))
+        assert b"stand-in" in tcp(town.alice, "9.9.9.9", 53)
+    assert not frames
+    town.contained(*(partial(tcp, town.alice, host, 53) for host in (LAN4, LAN6)))
+
+
+@pytest.mark.promise("P2")
+def test_dns_over_tls_and_https_is_refused_and_not_redirected(town: HostTown) -> None:
+    """So that programs fall back to plain DNS, which goes to Tor."""
+    town.load(ALL)
+    acts = [partial(tcp, town.alice, host, 853) for host in (SITE4, SITE6, LAN4, LAN6)]
+    acts += [partial(tcp, town.alice, host, 443) for host in (DOH4, DOH6)]
+    for act in acts:
+        refused(act)
+    assert not town.heard
+    assert b"stand-in" in tcp(town.alice, SITE4, 443)
+    town.contained(*acts)
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.promise("P3")
+def test_nothing_but_tcp_and_dns_is_for_tor(town: HostTown) -> None:
+    """QUIC, NTP, ping, tunnels, multicast, and TCP of no connection: of root, too."""
+    town.load(ALL)
+    acts = [
+        *(partial(udp, town.root, site) for site in (SITE4, SITE6)),
+        partial(udp, town.root, SITE4, 123),
+        partial(udp, town.root, "224.0.0.251", 5353),
+        *(partial(ping, town.root, site) for site in (SITE4, SITE6)),
+        partial(gre, town.root),
+    ]
+    for act in acts:
+        refused(act)
+    town.contained(*acts, partial(bare_ack, town.root, 53), partial(bare_ack, town.root, 853))
+
+
+@pytest.mark.promise("P3")
+@pytest.mark.parametrize("lan", [True, False], ids=["lan", "no-lan"])
+def test_the_lan_is_reached_directly_or_not_at_all(town: HostTown, lan: bool) -> None:
+    """By any protocol but DNS. Shared address space (RFC 6598) is no LAN of ours."""
+    town.load(replace(ALL, lan=lan))
+    acts = [partial(act, town.alice, host) for host in (LAN4, LAN6) for act in (udp, tcp, ping)]
+    for act in acts:
+        if lan:
+            town.passes(act)
+        else:
+            refused(act)
+    assert not town.heard
+    outside = [partial(act, town.alice, "100.64.1.1") for act in (udp, tcp)]
+    for act in outside:
+        refused(act)
+    town.contained(*outside, *(() if lan else acts))
+
+
+@pytest.mark.promise("P3")
+def test_ipv6_is_refused_if_that_was_asked_for(town: HostTown) -> None:
+    """Of those who are exempt as well, of the LAN and of Tor."""
+    town.load(replace(ALL, ipv6=False, allow_root=True))
+    sites = (SITE6, LAN6, ONION6)
+    acts = [partial(act, who, to) for to in sites for who in (town.alice, town.root, town.tor)
+            for act in (udp, tcp)]  # fmt: skip
+    for act in acts:
+        refused(act)
+    assert b"stand-in" in tcp(town.alice, SITE4)
+    town.heard.clear()
+    town.contained(*acts)
+    assert not town.heard
+
+
+@pytest.mark.promise("P1")
+def test_tor_itself_leaves_by_tcp_only(town: HostTown) -> None:
+    town.load(ALL)
+    for site in (SITE4, SITE6):
+        assert b"world" in tcp(town.tor, site)
+    refused(partial(udp, town.tor))
+    town.contained(partial(udp, town.tor))
+
+
+def test_the_machine_keeps_its_address(town: HostTown) -> None:
+    """A lease is renewed on a network that is no LAN of ours, too."""
+    town.load(replace(ALL, lan=False))
+    for host, source, port in (("203.0.113.1", 68, 67), ("2001:db8:7::1", 546, 547)):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with town.root.open(family, socket.SOCK_DGRAM) as client:
+            client.bind(("", source))
+            town.passes(partial(client.sendto, TOKEN, (host, port)))
+
+
+def test_neighbours_are_found(town: HostTown) -> None:
+    """By IPv6 that takes ICMP: the guest's link has no fixed addresses."""
+    town.load(ALL)
+    town.root.run("ip", "-6", "neigh", "flush", "dev", "eth1")
+    frames = b""
+    with town.guest.open(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as tap:
+        tap.bind(("eth0", 3))
+        with suppress(OSError), town.tor.connect("2001:db8:5::2", 80, 1):
+            pass
+        tap.settimeout(0.2)
+        with suppress(TimeoutError):
+            while True:
+                frames += tap.recv(2000)
+    assert socket.inet_pton(socket.AF_INET6, "2001:db8:5::2") in frames
+
+
+# ---- split tunnel --------------------------------------------------------------------------------
+
+
+EXEMPT = {
+    "root": replace(ALL, allow_root=True),
+    "user": replace(ALL, bypass_users=(ALICE, BOB)),
+    "group": replace(ALL, bypass_groups=(ALICE,)),
+}
+
+
+@pytest.mark.parametrize("by", EXEMPT)
+def test_who_is_exempt_is_so_by_every_protocol(town: HostTown, by: str) -> None:
+    """DNS as well, to a resolver of their own choice; on loopback there is only Tor's."""
+    town.load(EXEMPT[by])
+    exempt, other = (town.root, town.alice) if by == "root" else (town.alice, town.root)
+    with town.world_hears() as frames:
+        assert b"example" in exempt.ask("127.0.0.1", "example.test")
+        assert b"stand-in" in tcp(other)
+    assert not frames
+    heard = len(town.heard)
+    for site in (SITE4, SITE6):
+        assert b"world" in tcp(exempt, site)
+        for act in (udp, ping):
+            town.passes(partial(act, exempt, site))
+        town.passes(partial(udp, exempt, site, 53))
+    assert len(town.heard) == heard
+    town.contained(partial(udp, other), partial(ping, other))
+
+
+def test_a_command_in_the_exempt_control_group_reaches_the_network(town: HostTown) -> None:
+    """Whoever runs it; beside it, the same user goes through Tor."""
+    group = Path(CGROUPS, f"ttp-story-{os.getpid()}.slice")
+    group.mkdir()
+    try:
+        town.load(replace(ALL, bypass_cgroup=group.name))
+        fetch = "import socket, sys; it = socket.create_connection((sys.argv[1], 80))"
+        fetch += "; print(it.recv(100))"
+        enter = f'echo $$ >{group}/cgroup.procs && exec "$@"'
+        command = (sys.executable, "-c", fetch, SITE4)
+        assert "world" in town.root.run("sh", "-c", enter, "sh", *command)
+        assert b"stand-in" in tcp(town.root)
+    finally:
+        group.rmdir()
+
+
+# ---- who connects to this machine ----------------------------------------------------------------
+
+
+@pytest.mark.promise("P5")
+@pytest.mark.parametrize("followed", [True, False], ids=["followed", "unknown"])
+def test_inbound_connections_go_on_and_new_ones_are_taken(town: HostTown, followed: bool) -> None:
+    """From public addresses, whoever speaks first after the rules came, and whether or not the
+    kernel followed connections before."""
+    if followed:
+        town.nft(
+            "table inet other { chain c { type filter hook output priority 0; ct state new; }; }"
+        )
+    with town.root.open(socket.AF_INET, socket.SOCK_STREAM) as sshd:
+        sshd.bind((HOST4, 22))
+        sshd.listen()
+
+        def come() -> tuple[socket.socket, socket.socket]:
+            return town.world.connect(HOST4, 22), sshd.accept()[0]
+
+        speaking, silent = come(), come()
+        town.load(ALL)
+        peer, session = speaking
+        session.sendall(b"I speak first")
+        assert peer.recv(100) == b"I speak first"
+        for peer, session in (speaking, silent, come()):
+            peer.sendall(b"hello")
+            assert session.recv(100) == b"hello"
+            session.sendall(b"hello, too")
+            assert peer.recv(100) == b"hello, too"
+            session.close()
+            peer.close()
+
+
+@pytest.mark.promise("P1")
+@pytest.mark.parametrize("followed", [True, False], ids=["followed", "unknown"])
+def test_outbound_connections_from_before_are_cut(town: HostTown, followed: bool) -> None:
+    """Even if the other side speaks first, and so seems to have begun."""
+    if followed:
+        town.nft(
+            "table inet other { chain c { type filter hook output priority 0; ct state new; }; }"
+        )
+    connection = town.alice.connect(SITE4, 80)
+    connection.recv(100)
+    eventually(lambda: town.met, "the world to take the connection")
+    town.load(ALL)
+    town.met[0].sendall(b"an answer, late")
+    with town.world_hears() as frames, suppress(OSError):
+        for _ in range(3):
+            connection.sendall(TOKEN)
+            time.sleep(0.1)  # a refusal is to reach the socket
+    connection.close()
+    assert not [frame for frame in frames if f"IP {HOST4}" in frame]
+
+
+@pytest.mark.promise("P3")
+def test_packets_that_conntrack_forgot_are_not_let_out(town: HostTown) -> None:
+    """Data, FIN and RST of redirected connections: the leak of 2014."""
+    town.load(ALL)
+    connections = [town.alice.connect(SITE4, 443) for _ in range(3)]
+    with town.world_hears() as frames:
+        town.root.run("conntrack", "-F")
+        data, fin, rst = connections
+        with suppress(OSError):
+            data.sendall(TOKEN)
+        fin.close()
+        rst.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        rst.close()
+        time.sleep(0.3)  # the kernel sends a FIN again after 0.2 s
+        data.close()
+    assert not frames
+
+
+# ---- other machines' packets ---------------------------------------------------------------------
+
+
+@pytest.mark.promise("P3")
+def test_forwarded_packets_are_refused(town: HostTown) -> None:
+    """Of containers and virtual machines; between hosts of the LAN they pass, but for DNS."""
+    town.load(ALL)
+    acts = [partial(act, town.guest, to) for to in (SITE4, SITE6) for act in (tcp, udp, ping)]
+    acts += [partial(udp, town.guest, LAN4, 53), partial(tcp, town.guest, LAN4, 53)]
+    for act in (partial(tcp, town.guest), partial(tcp, town.guest, SITE6)):
+        refused(act)
+    assert b"world" in tcp(town.guest, LAN4)
+    town.contained(*acts)
+
+
+@pytest.mark.promise("P3")
+def test_without_the_lan_bypass_nothing_is_forwarded(nft_town: HostTown) -> None:
+    nft_town.load(replace(ALL, lan=False))
+    nft_town.contained(partial(tcp, nft_town.guest, LAN4), partial(udp, nft_town.guest, LAN4))
+
+
+MIDDLEBOX = replace(ALL, own="none", gateway_for=("eth1",))
+
+
+@pytest.mark.promise("P1", "P2")
+@pytest.mark.parametrize("own", ["none", "all"])
+def test_a_middlebox_sends_its_lan_through_tor(town: HostTown, own: str) -> None:
+    """TCP and DNS, of both versions of IP, also DNS that asks itself; the rest is refused. Its own
+    traffic goes through Tor, too, or is left alone."""
+    town.load(replace(MIDDLEBOX, own="all" if own == "all" else "none"))
+    with town.world_hears() as frames:
+        for site in (SITE4, SITE6, ONION4, ONION6):
+            assert b"stand-in" in tcp(town.guest, site)
+        for resolver in (TO_GUEST4, TO_GUEST6, "9.9.9.9", DOH6, LAN4):
+            assert b"example" in town.guest.ask(resolver, "example.test")
+        for host, port in ((SITE4, 853), (DOH4, 443), (DOH6, 443), (LAN4, 53)):
+            refused(partial(tcp, town.guest, host, port))
+    assert not frames
+    assert town.heard[0] == (GUEST4, SITE4, 80)
+    assert (b"stand-in" if own == "all" else b"world") in tcp(town.alice)
+    acts = [partial(act, town.guest, to) for to in (SITE4, SITE6) for act in (udp, ping)]
+    town.contained(*acts)
+
+
+@pytest.mark.promise("P5")
+def test_a_middlebox_is_no_open_tor(town: HostTown) -> None:
+    """Its listeners take only what was redirected to them."""
+    town.load(MIDDLEBOX)
+    for port in (9041, 9054):
+        refused(partial(tcp, town.guest, TO_GUEST4, port))
+    with town.guest.send(TO_GUEST4, 9054, TOKEN) as query, pytest.raises(OSError):
+        query.recv(100)
+    assert not town.heard
+
+
+# ---- other modes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.promise("P1", "P2")
+def test_only_the_users_that_were_named_go_through_tor(town: HostTown) -> None:
+    """All of theirs: their DNS, and nobody else's; of theirs, what is not for Tor is refused."""
+    town.load(replace(ALL, own="users", users=(ALICE,)))
+    with town.world_hears() as frames:
+        for site in (SITE4, SITE6):
+            assert b"stand-in" in tcp(town.alice, site)
+        for resolver in (LAN4, "127.0.0.53", "9.9.9.9"):
+            assert b"example" in town.alice.ask(resolver, "example.test")
+        refused(partial(tcp, town.alice, DOH4, 443))
+    assert not frames
+    heard = len(town.heard)
+    assert b"world" in tcp(town.bob)
+    for act in (partial(udp, town.bob), partial(ping, town.bob), partial(udp, town.bob, LAN4, 53)):
+        town.passes(act)
+    assert len(town.heard) == heard
+    acts = [partial(act, town.alice, site) for site in (SITE4, SITE6) for act in (udp, ping)]
+    for act in acts:
+        refused(act)
+    town.contained(*acts)
+
+
+@pytest.mark.promise("P3")
+def test_only_users_that_conntrack_forgot_are_not_let_out(town: HostTown) -> None:
+    """A packet that no open socket owns any more has no user: it could be theirs."""
+    town.load(replace(ALL, own="users", users=(ALICE,)))
+    connection = town.alice.connect(SITE4, 443)
+    with town.world_hears() as frames:
+        connection.setblocking(False)
+        town.root.run("conntrack", "-F")
+        connection.close()
+        time.sleep(0.3)  # the kernel sends a FIN again after 0.2 s
+    assert not frames
+
+
+@pytest.mark.promise("P2")
+def test_only_onion_services_go_through_tor(town: HostTown) -> None:
+    """And all DNS, by which they are found; their addresses and names reach nobody else."""
+    town.load(replace(ALL, own="onion"))
+    with town.world_hears() as frames:
+        for onion in (ONION4, ONION6):
+            assert b"stand-in" in tcp(town.alice, onion)
+        for resolver in ("127.0.0.1", LAN4, "9.9.9.9"):
+            assert b"example" in town.alice.ask(resolver, "example.test")
+        refused(partial(tcp, town.alice, SITE4, 853))
+    assert not frames
+    assert b"world" in tcp(town.alice)
+    town.passes(partial(udp, town.alice))
+    town.contained(
+        partial(udp, town.alice, ONION4),
+        partial(udp, town.alice, ONION6),
+        partial(tcp, town.alice, LAN4, 53),
+    )
+
+
+# ---- the tables of nft alone ---------------------------------------------------------------------
+
+
+@pytest.mark.promise("P4")
+def test_lockdown_ends_redirected_connections_and_lets_nothing_new_out(nft_town: HostTown) -> None:
+    """Tor, the LAN and who is logged in go on; a redirected program learns of it."""
+    town = nft_town
+    town.load(ALL)
+    idle = town.alice.connect(SITE4, 443)
+    eventually(lambda: town.heard, "Tor to take the connection")
+    town.nft(rules.render_lockdown(ALL))
+    with town.world_hears() as frames:
+        refused(partial(send_until_reset, idle))
+        for site in (SITE4, SITE6, ONION4):
+            refused(partial(tcp, town.alice, site))
+        refused(partial(udp, town.alice, "9.9.9.9", 53))
+    idle.close()
+    assert not frames
+    assert b"world" in tcp(town.tor)
+    assert b"world" in tcp(town.alice, LAN4)
+    town.contained(partial(tcp, town.alice))
+
+
+@pytest.mark.promise("P4")
+def test_closed_lets_nothing_out_but_answers(nft_town: HostTown) -> None:
+    """Neither Tor nor the LAN: at boot nothing is known yet, after tampering nothing believed."""
+    town = nft_town
+    town.nft(rules.render_closed())
+    with town.root.open(socket.AF_INET, socket.SOCK_STREAM) as sshd:
+        sshd.bind((HOST4, 22))
+        sshd.listen()
+        with town.world.connect(HOST4, 22) as peer, sshd.accept()[0] as session:
+            session.sendall(b"hello")
+            assert peer.recv(10) == b"hello"
+    acts = [
+        partial(act, who, to)
+        for who in (town.tor, town.root)
+        for to in (SITE4, SITE6, LAN4)
+        for act in (tcp, udp)
+    ]
+    for act in acts:
+        refused(act)
+    town.contained(*acts, partial(tcp, town.guest, LAN4))
+
+
+@pytest.mark.promise("P1", "P2")
+def test_what_other_rules_translate_is_not_taken_for_ours(nft_town: HostTown) -> None:
+    """DNS led to another port of the LAN, and TCP led past Tor: both are refused."""
+    town = nft_town
+    town.load(ALL)
+    town.nft(
+        "table ip other { chain c { type nat hook output priority -180; "
+        f"udp dport 53 dnat to {LAN4}:5353; tcp dport 80 dnat to {SITE4}:443; }}; }}"
+    )
+    query = partial(udp, town.alice, "9.9.9.9", 53)
+    with town.world_hears() as frames:
+        refused(query)
+        refused(partial(tcp, town.alice, "93.184.216.35"))
+    assert not frames
+    town.nft("delete table inet ttp\n")
+    for act in (query, partial(tcp, town.alice, "93.184.216.35")):
+        town.passes(act)
+
+
+@pytest.mark.promise("P12")
+def test_iptables_chains_are_hooked_once(tmp_path: Path) -> None:
+    """However often they are loaded."""
+    with host_town("iptables-legacy", tmp_path) as town:
+        for _ in range(2):
+            town.load(ALL)
+        listed = town.root.run("iptables-legacy", "-S", "OUTPUT")
+        assert listed.count("TTP_filter_out") == 1
