@@ -23,14 +23,19 @@ _BY_DESTINATION = " IsolateDestAddr IsolateDestPort"
 
 @dataclass(frozen=True)
 class TorConfig:
-    """What the Tor of one gateway needs to know. Paths are absolute."""
+    """What the Tor of one gateway needs to know. Paths are absolute.
+
+    ``owner`` is the process that it dies with; None in a container, whose first process it is.
+    ``links6``: workloads have IPv6, too.
+    """
 
     block: AddressBlock
     data: str
     control: str
-    owner: int
+    owner: int | None
     ipv6: bool
     fragment: str = ""
+    links6: bool = True
 
 
 def render(config: TorConfig) -> str:
@@ -44,14 +49,16 @@ def render(config: TorConfig) -> str:
     """
     block = config.block
     gateway = block.gateway
+    hosts = (str(gateway), f"[{block.gateway6}]")[: 1 + config.links6]
+    owner = () if config.owner is None else (f"__OwningControllerProcess {config.owner}",)
     lines = [
         f"DataDirectory {_quoted(config.data)}",
         f"ControlSocket {_quoted(config.control)}",
         "CookieAuthentication 1",
-        f"__OwningControllerProcess {config.owner}",
+        *owner,
         "ClientOnly 1",
-        *_listeners("TransPort", _hosts(block), TRANS_PORT, TRANS_PORT_BY_DESTINATION),
-        *_listeners("DNSPort", _hosts(block), DNS_PORT, DNS_PORT_BY_DESTINATION),
+        *_listeners("TransPort", hosts, TRANS_PORT, TRANS_PORT_BY_DESTINATION),
+        *_listeners("DNSPort", hosts, DNS_PORT, DNS_PORT_BY_DESTINATION),
         *_listeners("SocksPort", (gateway,), SOCKS_PORT, SOCKS_PORT_BY_DESTINATION),
         *_listeners("HTTPTunnelPort", (gateway,), HTTP_PORT, HTTP_PORT_BY_DESTINATION),
         "AutomapHostsOnResolve 1",
@@ -150,10 +157,6 @@ def _listeners(option: str, hosts: Iterable[object], port: int, by_destination: 
         for number, flags in ((port, ""), (by_destination, _BY_DESTINATION))
         for host in hosts
     ]
-
-
-def _hosts(block: AddressBlock) -> tuple[str, str]:
-    return str(block.gateway), f"[{block.gateway6}]"
 
 
 def _quoted(path: str) -> str:

@@ -114,3 +114,26 @@ def container(docker: Host, name: str, *options: str, network: str = "tor") -> I
         yield name
     finally:
         docker.docker("rm", "--force", name)
+
+
+@contextmanager
+def loopback_resolver(docker: Host) -> Iterator[list[str]]:
+    """The host has a resolver on loopback, as with systemd-resolved; the names it is asked for."""
+    before = docker.inside("cat", "/etc/resolv.conf")  # the lab's own
+    docker.inside("sh", "-c", "echo nameserver 127.0.0.53 >/etc/resolv.conf")
+    listen = (
+        "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+        "s.bind(('127.0.0.53', 53))\nprint('ready', flush=True)\n"
+        "while True: print(s.recv(512).hex(), flush=True)\n"
+    )
+    command = docker.lab.inside("host", "/usr/bin/python3", "-c", listen)
+    asked: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as decoy:
+        assert decoy.stdout is not None
+        assert decoy.stdout.readline() == "ready\n"
+        try:
+            yield asked
+        finally:
+            decoy.terminate()
+            asked += decoy.stdout.read().split()
+            docker.inside("sh", "-c", 'printf %s "$0" >/etc/resolv.conf', before)

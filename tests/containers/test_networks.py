@@ -14,13 +14,11 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from docker_host import IMAGE
-from driver_host import CURL, Host, by_tor, container, create
+from driver_host import CURL, Host, by_tor, container, create, loopback_resolver
 from lab_helpers import PLAIN_ORACLE
 from nsrun.lab import topology
 from nsrun.leak.verdict import Value, as_text, judge
@@ -139,29 +137,6 @@ def test_a_second_network_is_refused_or_told_of(docker: Host) -> None:
         assert (code, told["containers"][0]["links"]) == (1, ["eth0", "eth1"])
         docker.docker("network", "disconnect", "plain", "tor-first")
         assert docker.status()[0] == 0
-
-
-@contextmanager
-def loopback_resolver(docker: Host) -> Iterator[list[str]]:
-    """The host has a resolver on loopback, as with systemd-resolved; the names it is asked for."""
-    before = docker.inside("cat", "/etc/resolv.conf")  # the lab's own
-    docker.inside("sh", "-c", "echo nameserver 127.0.0.53 >/etc/resolv.conf")
-    listen = (
-        "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
-        "s.bind(('127.0.0.53', 53))\nprint('ready', flush=True)\n"
-        "while True: print(s.recv(512).hex(), flush=True)\n"
-    )
-    command = docker.lab.inside("host", "/usr/bin/python3", "-c", listen)
-    asked: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as decoy:
-        assert decoy.stdout is not None
-        assert decoy.stdout.readline() == "ready\n"
-        try:
-            yield asked
-        finally:
-            decoy.terminate()
-            asked += decoy.stdout.read().split()
-            docker.inside("sh", "-c", 'printf %s "$0" >/etc/resolv.conf', before)
 
 
 @pytest.mark.promise("P2", "P6")

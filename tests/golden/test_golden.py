@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from nsrun import ruleset
+from nsrun import ruleset, torrc
 from nsrun.address import BLOCKS
 from nsrun.host import export_iptables, rules
 from nsrun.host.policy import HostPolicy
@@ -46,6 +46,10 @@ RULESETS = {
     "host-lockdown": rules.render_lockdown(EXEMPT),
     "host-closed": rules.render_closed(),
     "closed": ruleset.render_closed(),
+    # of the image; the names of its links are those that compose/ gives to Docker's networks
+    "../../images/gateway/rules": ruleset.render(
+        ruleset.gateway_policy(BLOCKS[0], tor_uid=61042), FromInterface("w", "uplink0")
+    ),
 }
 EXPORTS = {
     "host.iptables": export_iptables.script(HOST),
@@ -136,3 +140,17 @@ def test_plan(name: str, golden: Golden) -> None:
         *(repr(op) for op in plan.enter),
     ]
     golden(f"{name}.plan", "\n".join(lines) + "\n")
+
+
+def test_torrc_of_the_image(golden: Golden) -> None:
+    """That of every gateway, but that Tor is alone in its container, and links have IPv4 only."""
+    config = torrc.TorConfig(
+        BLOCKS[0],
+        data="/var/lib/tor",
+        control="/run/tor/control",
+        owner=None,
+        ipv6=False,
+        fragment="%include /etc/tor/torrc.d/*.conf",
+        links6=False,
+    )
+    golden("../../images/gateway/torrc", torrc.render(config))
