@@ -20,7 +20,6 @@ from nsrun.errors import ExitCode, NsrunError, UsageError
 if TYPE_CHECKING:
     from nsrun.leak.machine import Machine
 
-NAME = "check-leak"
 UNSEEN = (
     "Not seen from inside: the wires. A packet that left and was not answered is not noticed;",
     "`ttp leaktest` watches every wire, in a lab.",

@@ -260,6 +260,6 @@ def _strings(raw: object) -> list[str]:
 
 def here() -> Settings:
     """What files and variables say to this process. Raises UsageError."""
-    from nsrun.cli import app
+    from nsrun.cli.commands import app
 
     return Settings(sections(typer.main.get_command(app)), gathered())

@@ -114,7 +114,7 @@ def test_every_command_and_option_is_documented() -> None:
     """In README.md or docs/, by its long name."""
     from typer.main import get_command
 
-    from nsrun.cli import app
+    from nsrun.cli.commands import app
 
     text = documents()
     missing = []

@@ -8,7 +8,7 @@ import os
 import pytest
 from typer.main import get_command
 
-from nsrun.cli import app
+from nsrun.cli.commands import app
 from nsrun.errors import GatewayError, UsageError
 from nsrun.gateway import guests
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nsrun.cli import app
+from nsrun.cli.commands import app
 from nsrun.errors import UsageError
 from nsrun.host import export_iptables, rules
 from nsrun.host.policy import HostPolicy
