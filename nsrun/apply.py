@@ -45,6 +45,12 @@ from nsrun.steps import (
 )
 
 
+class Describing(Protocol):
+    """A step, of whichever plan."""
+
+    def describe(self) -> str: ...
+
+
 class Process(Protocol):
     """Something started that can be stopped; stopping what has ended is no error."""
 
@@ -69,7 +75,7 @@ class Machine:
             self._do(step)
         except OSError as error:
             by_ip = isinstance(step, Ip | AddLink)
-            line = error.filename if by_ip and error.filename else _first(step)
+            line = error.filename if by_ip and error.filename else first_line(step)
             raise NsrunError(f"do: {line}", error.strerror or error) from error
 
     def _do(self, step: Step) -> None:
@@ -147,11 +153,11 @@ class Machine:
             ) from error
         if done.returncode != 0:
             last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()
-            raise NsrunError(f"set up the {where}", last[0], f"the step was: {_first(step)}")
+            raise NsrunError(f"set up the {where}", last[0], f"the step was: {first_line(step)}")
         return done.stdout
 
 
-def _first(step: Step) -> str:
+def first_line(step: Describing) -> str:
     """The first line of what a person would type; what is fed into it has any number."""
     return step.describe().partition("\n")[0].removesuffix(" <<'EOF'")
 

@@ -22,6 +22,7 @@ class ExitCode(IntEnum):
     OK = 0
     FAILED = 1
     USAGE = 2
+    UNVERIFIED = 3
     RUN_FAILED = 125
     NOT_EXECUTABLE = 126
     NOT_FOUND = 127

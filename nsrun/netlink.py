@@ -22,6 +22,7 @@ SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 270, 10, 11
 NLA_F_NESTED, NLMSGERR_ATTR_MSG, IFNAMSIZ = 0x8000, 1, 16
 REQUEST, ACK, EXCL, CREATE = 0x1, 0x4, 0x200, 0x400
 NEW = ACK | EXCL | CREATE
+DUMP, DUMP_INTR, DONE = 0x300, 0x10, 3
 
 ERROR, NEWLINK, DELLINK, GETLINK = 2, 16, 17, 18
 NEWADDR, NEWROUTE, NEWRULE, DELRULE = 20, 24, 32, 33
@@ -46,6 +47,29 @@ ELEM, ELEM_KEY, ELEM_DATA, DATA_VALUE = 1, 1, 2, 1
 PATIENCE = 2000  # ms for a link to come up, which takes a few
 
 Message = tuple[int, int, bytes]  # type, flags, and what follows the header
+
+
+def dump(kernel: socket.socket, kind: int, body: bytes) -> Iterator[bytes]:
+    """What the kernel lists when it is asked for all of a ``kind``: the body of each message.
+
+    Raises OSError when it refuses, or when its list changed while it was read (EINTR).
+    """
+    kernel.send(struct.pack("=IHHII", 16 + len(body), kind, REQUEST | DUMP, 0, 0) + body)
+    while True:
+        for answered, flags, found in _flagged(kernel.recv(1 << 20)):
+            if answered in (ERROR, DONE):
+                code = -int.from_bytes(found[:4], "little", signed=True)
+                if code > 0:
+                    raise OSError(code, os.strerror(code))
+                return
+            if flags & DUMP_INTR:
+                raise OSError(errno.EINTR, "the kernel's list changed while it was read")
+            yield found
+
+
+def request(kernel: socket.socket, kind: int, body: bytes) -> None:
+    """One message that is answered by success or an error. Raises OSError."""
+    _send(kernel, [(kind, ACK, body)])
 
 
 def connect(protocol: int) -> socket.socket:
@@ -91,11 +115,11 @@ def await_up(kernel: socket.socket, link: str) -> None:
     request = _packet([(GETLINK, 0, _link(["name", link], {}))])
     for _ in range(PATIENCE):
         kernel.send(request)
-        [(kind, body)] = _messages(kernel.recv(1 << 16, socket.MSG_DONTWAIT))
+        [(kind, body)] = messages(kernel.recv(1 << 16, socket.MSG_DONTWAIT))
         if kind == ERROR:
             code = -int.from_bytes(body[:4], "little", signed=True)
             raise OSError(code, os.strerror(code), f"ip link show {link}")
-        if dict(_attributes(body[16:]))[IFLA_OPERSTATE] == bytes([IF_OPER_UP]):
+        if dict(attributes(body[16:]))[IFLA_OPERSTATE] == bytes([IF_OPER_UP]):
             return
         time.sleep(0.001)  # an older kernel tells, but to another socket, which may miss it
     raise OSError(errno.ETIMEDOUT, "it does not come up", f"ip link show {link}")
@@ -104,8 +128,8 @@ def await_up(kernel: socket.socket, link: str) -> None:
 def gone_links(data: bytes) -> list[str]:
     """Names of the links that went, by what a socket of the group RTMGRP_LINK received."""
     return [
-        dict(_attributes(body[16:]))[IFLA_IFNAME].rstrip(b"\0").decode()
-        for kind, body in _messages(data)
+        dict(attributes(body[16:]))[IFLA_IFNAME].rstrip(b"\0").decode()
+        for kind, body in messages(data)
         if kind == DELLINK
     ]
 
@@ -153,20 +177,20 @@ def _link(words: list[str], namespaces: Mapping[str, int]) -> bytes:
             case "mtu", _:
                 attributes += _number(IFLA_MTU, int(value))
             case "address", _:
-                attributes += _attribute(IFLA_ADDRESS, bytes.fromhex(value.replace(":", "")))
+                attributes += attribute(IFLA_ADDRESS, bytes.fromhex(value.replace(":", "")))
             case "netns", _:
                 attributes += _number(IFLA_NET_NS_FD, namespaces[value])
             case "addrgenmode", "none":
-                mode = _attribute(ADDR_GEN_MODE, bytes([GEN_MODE_NONE]))
-                attributes += _nest(IFLA_AF_SPEC, _nest(socket.AF_INET6, mode))
+                mode = attribute(ADDR_GEN_MODE, bytes([GEN_MODE_NONE]))
+                attributes += nest(IFLA_AF_SPEC, nest(socket.AF_INET6, mode))
             case "arp", "off":
                 flags, change = flags | IFF_NOARP, change | IFF_NOARP
             case "up", _:
                 flags, change = flags | IFF_UP, change | IFF_UP
             case "type", "veth":
                 peer = _link(words[len(own) + 1 :], namespaces)
-                data = _nest(INFO_DATA, _nest(PEER, peer))
-                attributes += _nest(IFLA_LINKINFO, _text(INFO_KIND, value) + data)
+                data = nest(INFO_DATA, nest(PEER, peer))
+                attributes += nest(IFLA_LINKINFO, _text(INFO_KIND, value) + data)
             case _:
                 raise ValueError(f"not understood: ip link … {word} {value}")
     return struct.pack("=BxHiII", 0, 0, index, flags, change) + attributes
@@ -179,17 +203,17 @@ def _address(options: dict[str, str]) -> bytes:
     _nothing_in(options)
     family, packed = _family(address.version), address.ip.packed
     header = struct.pack("=BBBBI", family, address.network.prefixlen, flags, 0, index)
-    return header + _attribute(IFA_LOCAL, packed) + _attribute(IFA_ADDRESS, packed)
+    return header + attribute(IFA_LOCAL, packed) + attribute(IFA_ADDRESS, packed)
 
 
 def _route(options: dict[str, str], kind: int) -> bytes:
     """struct rtmsg and attributes. The scope is what ip(8) takes when none is given."""
     target, attributes = ip_network(options.pop("to")), b""
     if target.prefixlen:
-        attributes += _attribute(RTA_DST, target.network_address.packed)
+        attributes += attribute(RTA_DST, target.network_address.packed)
     scope = "universe" if target.version == 6 else "host" if kind == RTN_LOCAL else "link"
     if router := options.pop("via", ""):
-        attributes += _attribute(RTA_GATEWAY, ip_address(router).packed)
+        attributes += attribute(RTA_GATEWAY, ip_address(router).packed)
         scope = "universe"
     if device := options.pop("dev", ""):
         attributes += _number(RTA_OIF, socket.if_nametoindex(device))
@@ -204,11 +228,11 @@ def _rule(options: dict[str, str]) -> bytes:
     attributes = _number(FRA_PRIORITY, int(options.pop("pref")))
     target = ip_network(options.pop("to", "0.0.0.0/0"))
     if target.prefixlen:
-        attributes += _attribute(FRA_DST, target.network_address.packed)
+        attributes += attribute(FRA_DST, target.network_address.packed)
     if protocol := options.pop("ipproto", ""):
-        attributes += _attribute(FRA_IP_PROTO, bytes([PROTOCOLS[protocol]]))
+        attributes += attribute(FRA_IP_PROTO, bytes([PROTOCOLS[protocol]]))
     if port := options.pop("dport", ""):
-        attributes += _attribute(FRA_DPORT_RANGE, struct.pack("=HH", int(port), int(port)))
+        attributes += attribute(FRA_DPORT_RANGE, struct.pack("=HH", int(port), int(port)))
     action = 0
     if table := options.pop("lookup", ""):
         action = FR_ACT_TO_TBL
@@ -240,11 +264,11 @@ def _element(line: str) -> Message:
     if found is None:
         raise ValueError(f"not understood: nft {line}")
     verb, table, name, key, value = found.groups()
-    element = _nest(ELEM_KEY, _attribute(DATA_VALUE, _concatenated(key.split(" . "))))
+    element = nest(ELEM_KEY, attribute(DATA_VALUE, _concatenated(key.split(" . "))))
     if value:
-        element += _nest(ELEM_DATA, _attribute(DATA_VALUE, _packed(value)))
+        element += nest(ELEM_DATA, attribute(DATA_VALUE, _packed(value)))
     attributes = _text(ELEM_LIST_TABLE, table) + _text(ELEM_LIST_SET, name)
-    attributes += _nest(ELEM_LIST_ELEMENTS, _nest(ELEM, element))
+    attributes += nest(ELEM_LIST_ELEMENTS, nest(ELEM, element))
     return NFT_ELEMENT[verb], ACK | CREATE, struct.pack("=BxH", NFT_INET, 0) + attributes
 
 
@@ -266,55 +290,60 @@ def _packed(word: str) -> bytes:
 # -- messages ------------------------------------------------------------------------------------
 
 
-def _send(kernel: socket.socket, messages: list[Message]) -> None:
+def _send(kernel: socket.socket, sent: list[Message]) -> None:
     """Send messages at once, and look at every answer. Raises OSError with the first refusal.
 
     The kernel has answered when send(2) returns, so nothing is waited for.
     """
-    kernel.send(_packet(messages))
-    unanswered = sum(1 for _, flags, _ in messages if flags & ACK)
+    kernel.send(_packet(sent))
+    unanswered = sum(1 for _, flags, _ in sent if flags & ACK)
     while unanswered > 0:
-        for _, body in _messages(kernel.recv(1 << 16, socket.MSG_DONTWAIT)):
+        for _, body in messages(kernel.recv(1 << 16, socket.MSG_DONTWAIT)):
             code = -int.from_bytes(body[:4], "little", signed=True)
             if code:
-                words = dict(_attributes(body[20:])).get(NLMSGERR_ATTR_MSG, b"").rstrip(b"\0")
+                words = dict(attributes(body[20:])).get(NLMSGERR_ATTR_MSG, b"").rstrip(b"\0")
                 raise OSError(code, words.decode() or os.strerror(code))
             unanswered -= 1
 
 
-def _packet(messages: list[Message]) -> bytes:
+def _packet(sent: list[Message]) -> bytes:
     return b"".join(
         struct.pack("=IHHII", 16 + len(body), kind, REQUEST | flags, number, 0) + body
-        for number, (kind, flags, body) in enumerate(messages)
+        for number, (kind, flags, body) in enumerate(sent)
     )
 
 
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Type and body of each message (netlink(7)): a length, then what it counts, aligned to 4."""
+    for kind, _, body in _flagged(data):
+        yield kind, body
+
+
+def _flagged(data: bytes) -> Iterator[tuple[int, int, bytes]]:
     while data:
-        length, kind = struct.unpack_from("=IH", data)
-        yield kind, data[16:length]
+        length, kind, flags = struct.unpack_from("=IHH", data)
+        yield kind, flags, data[16:length]
         data = data[(length + 3) & ~3 :]
 
 
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
     while data:
         length, number = struct.unpack_from("=HH", data)
         yield number, data[4:length]
         data = data[(length + 3) & ~3 :]
 
 
-def _attribute(number: int, value: bytes) -> bytes:
+def attribute(number: int, value: bytes) -> bytes:
     return struct.pack("=HH", 4 + len(value), number) + value + bytes(-len(value) % 4)
 
 
-def _nest(number: int, attributes: bytes) -> bytes:
-    return _attribute(number | NLA_F_NESTED, attributes)
+def nest(number: int, attributes: bytes) -> bytes:
+    return attribute(number | NLA_F_NESTED, attributes)
 
 
 def _number(number: int, value: int) -> bytes:
-    return _attribute(number, struct.pack("=I", value))
+    return attribute(number, struct.pack("=I", value))
 
 
 def _text(number: int, value: str) -> bytes:
-    return _attribute(number, value.encode() + b"\0")
+    return attribute(number, value.encode() + b"\0")

@@ -74,6 +74,60 @@ def render(config: TorConfig) -> str:
     return "\n".join([*lines, config.fragment.strip(), ""])
 
 
+# Names that programs look up to learn whether they may use DNS over HTTPS past the resolver they
+# were given (Mozilla's canary domain), and those of the best known services that offer it.
+CANARIES = (
+    *("use-application-dns.net", "cloudflare-dns.com", "dns.google", "dns.quad9.net"),
+    *("doh.opendns.com", "dns.adguard.com"),
+)
+
+
+@dataclass(frozen=True)
+class HostTor:
+    """What the Tor of a whole host needs to know. Paths are absolute; automap ranges as in tor(1).
+
+    ``ipv6`` says that loopback has it, ``reaches_ipv6`` that relays may be asked by it.
+    """
+
+    data: str
+    control: str
+    cookie: str
+    trans_port: int
+    dns_port: int
+    automap4: str
+    automap6: str
+    ipv6: bool
+    reaches_ipv6: bool
+    fragments: tuple[str, ...] = ()
+
+
+def render_host(config: HostTor) -> str:
+    """The torrc of a whole host: listeners on loopback only, and no proxy that could be asked."""
+    hosts = ("127.0.0.1", "[::1]") if config.ipv6 else ("127.0.0.1",)
+    network, _, length = config.automap6.partition("/")
+    lines = [
+        f"DataDirectory {_quoted(config.data)}",
+        f"ControlSocket {_quoted(config.control)}",
+        "CookieAuthentication 1",
+        f"CookieAuthFile {_quoted(config.cookie)}",
+        "ClientOnly 1",
+        *(f"TransPort {host}:{config.trans_port} SessionGroup=1" for host in hosts),
+        *(f"DNSPort {host}:{config.dns_port} SessionGroup=1" for host in hosts),
+        "SocksPort 0",
+        "AutomapHostsOnResolve 1",
+        "AutomapHostsSuffixes .onion",
+        f"VirtualAddrNetworkIPv4 {config.automap4}",
+        f"VirtualAddrNetworkIPv6 [{network}]/{length}",
+        f"ClientUseIPv6 {int(config.reaches_ipv6)}",
+        "ClientRejectInternalAddresses 1",
+        "ClientDNSRejectInternalAddresses 1",
+        *(f"MapAddress {name} 0.0.0.0" for name in CANARIES),
+        "ShutdownWaitLength 0",
+        "Log notice stdout",
+    ]
+    return "\n".join([*lines, *filter(None, map(str.strip, config.fragments)), ""])
+
+
 # An option belongs here if a fragment could break a promise with it; the reason is shown.
 REFUSED = {
     "SocksPort": "P5: it is set by the gateway",

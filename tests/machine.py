@@ -147,7 +147,8 @@ findmnt --raw --noheadings --output TARGET,SOURCE,FSTYPE,OPTIONS | grep -v ^/run
 ls -l /etc/resolv.conf; cat /etc/resolv.conf; resolvectl dns; resolvectl domain
 list() { systemctl "$@" --no-legend --plain --full; }
 list list-units --state=active,failed --type=service,socket,timer,mount |
-    awk '{print $1, $3}' | grep -v -e ^user -e ^systemd-tmpfiles -e ^run-credentials
+    awk '{print $1, $3}' | grep -v -e ^user -e ^systemd-tmpfiles -e ^run-credentials \\
+        -e ^netavark-dhcp-proxy
 list list-unit-files | awk '{print $1, $2}' | sort
 find /etc /run/systemd/system /run/ttp /run/tor /usr/local -xdev \\
     -printf '%p %M %u %l\\n' 2>/dev/null | sort

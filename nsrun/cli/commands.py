@@ -10,6 +10,7 @@ from nsrun.cli import (
     docker,
     doctor,
     gateway,
+    host,
     lab,
     leak,
     root,
@@ -26,6 +27,7 @@ app.add_typer(config.app, name="config")
 run.register(app)
 app.command("plan", cls=run.CLASS, context_settings=run.CONTEXT)(run.takes_request(run.plan))
 workload.register(app)
+host.register(app)
 app.command()(doctor.doctor)
 app.command()(rules.rules)
 app.command()(completion.completion)

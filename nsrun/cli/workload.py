@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nsrun import inventory
-from nsrun.cli import output
+from nsrun.cli import host, output
 from nsrun.cli.completion import workloads
 from nsrun.client import visible
 from nsrun.errors import GatewayError, NsrunError, UsageError
@@ -22,6 +22,16 @@ from nsrun.spec import check_name
 Name = Annotated[
     str,
     typer.Argument(help="Name of the workload, as ttp ps shows it.", autocompletion=workloads),
+]
+
+OrHost = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[NAME]",
+        help="Name of the workload, as ttp ps shows it; without, the session of the whole host.",
+        autocompletion=workloads,
+        show_default=False,
+    ),
 ]
 
 
@@ -109,21 +119,25 @@ def wait(name: Name, gateway: Gateway = None) -> None:
 
 
 def logs(
-    name: Name,
+    name: OrHost = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on until the command has ended.")
     ] = False,
     gateway: Gateway = None,
 ) -> None:
-    """Print what the detached workload NAME has printed."""
-    record = inventory.one(name, gateway).need_record("read the log of")
+    """Print what the detached workload NAME has printed, or what became of the whole host."""
+    if name is None:
+        file, watched = host.log(), host.is_logging
+    else:
+        record = inventory.one(name, gateway).need_record("read the log of")
+        file, watched = record.log, record.watched
     if sys.stdout is None:  # closed by who started us: nobody wants to read it
         return
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ttp logs NAME | head`
     try:
-        with record.log.open("rb") as log:
+        with file.open("rb") as log:
             while True:
-                going_on = follow and record.watched()  # first: it may print once more
+                going_on = follow and watched()  # first: it may print once more
                 if log.tell() > os.fstat(log.fileno()).st_size:
                     log.seek(0)  # somebody has emptied it
                 shutil.copyfileobj(log, sys.stdout.buffer)
@@ -132,7 +146,8 @@ def logs(
                     return
                 time.sleep(0.1)  # nothing in the library tells that a file has grown
     except OSError as error:
-        raise NsrunError(f"read the log of the workload {name}", error.strerror) from error
+        whose = f"the workload {name}" if name else "the whole host"
+        raise NsrunError(f"read the log of {whose}", error.strerror) from error
 
 
 def kill(
@@ -167,10 +182,13 @@ def rm(
         one.need_record("remove").remove()
 
 
-def refresh(name: Name, gateway: Gateway = None) -> None:
-    """Give the workload NAME a new identity: new circuits from its next connection on."""
+def refresh(name: OrHost = None, gateway: Gateway = None) -> None:
+    """Give the workload NAME, or the whole host, new circuits, from its next connection on."""
     from nsrun.gateway import control
 
+    if name is None:
+        host.refresh()
+        return
     found = inventory.one(name, gateway)
     found.need_gateway("refresh")
     answer = control.ask(found.gateway, {"do": "refresh", "name": name})

@@ -187,7 +187,10 @@ def make_certificates(directory: Path) -> None:
     subjects += [f"IP:{address}" for address in (topology.WEB, topology.WEB6)]
     new = ("openssl", "req", "-x509", "-nodes", "-days", "30", "-newkey", "ec")
     curve = ("-pkeyopt", "ec_paramgen_curve:P-256")
-    authority = ("-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ttp lab")
+    authority = (
+        *("-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ttp lab"),
+        *("-addext", "keyUsage=critical,keyCertSign,cRLSign"),  # Python 3.13 insists (RFC 5280)
+    )
     server = (
         *("-keyout", "web.key", "-out", "web.pem", "-subj", "/CN=web.test"),
         *("-CA", "ca.pem", "-CAkey", "ca.key"),

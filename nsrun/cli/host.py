@@ -1,0 +1,262 @@
+"""The commands for the whole host: ``ttp start``, ``stop``, ``restart``, ``status``, ``check``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nsrun import client
+from nsrun.cli import output
+from nsrun.errors import ExitCode, NsrunError, UsageError
+from nsrun.host import bridges, session
+from nsrun.host.session import HostSpec
+from nsrun.torrc import check_fragment
+
+if TYPE_CHECKING:
+    from nsrun.host.control import Ears, Outcome
+
+Interface = Annotated[
+    str,
+    typer.Option(
+        *("--interface", "-i"),
+        help="Interface that must be there, and is shown; by default that of the default route.",
+        show_default=False,
+    ),
+]
+Timeout = Annotated[
+    float, typer.Option("--bootstrap-timeout", min=0, help="Seconds to wait until Tor is ready.")
+]
+AllowRoot = Annotated[
+    bool, typer.Option("--allow-root", help="Let root's processes reach the network directly.")
+]
+NoLan = Annotated[
+    bool, typer.Option("--no-lan-bypass", help="Let private addresses be reached by nobody.")
+]
+NoIpv6 = Annotated[bool, typer.Option("--no-ipv6", help="No IPv6 at all, to Tor neither.")]
+BypassUser = Annotated[
+    str,
+    typer.Option(
+        "--bypass-user",
+        metavar="USER,…",
+        help="Users who reach the network directly.",
+        show_default=False,
+    ),
+]
+BypassGroup = Annotated[
+    str,
+    typer.Option(
+        "--bypass-group",
+        metavar="GROUP,…",
+        help="Groups who reach the network directly.",
+        show_default=False,
+    ),
+]
+TransportPort = Annotated[
+    int, typer.Option("--transport-port", "-t", help="Where Tor takes connections.")
+]
+DnsPort = Annotated[int, typer.Option("--dns-port", "-d", help="Where Tor takes names.")]
+UseBridges = Annotated[
+    bool, typer.Option("--use-bridges", help="Reach Tor by the bridges given, and no other way.")
+]
+BridgeFile = Annotated[
+    Path | None,
+    typer.Option("--bridge-file", help="File with bridge lines.", dir_okay=False, exists=True),
+]
+Bridge = Annotated[
+    list[str] | None, typer.Option("--bridge", metavar="LINE", help="A bridge line; repeatable.")
+]
+Torrc = Annotated[
+    Path | None,
+    typer.Option("--torrc", help="File with more options for Tor.", dir_okay=False, exists=True),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every effect, as it happens.")]
+
+
+def start(spec: HostSpec, verbose: bool) -> None:
+    """Put the whole host behind Tor, until `ttp stop` or a reboot.
+
+    Exit code 0: up and verified; 1: it failed, and the network is as before; 3: up, but Tor could
+    not be verified, and what does not go through Tor is refused.
+    """
+    from nsrun.host import control
+
+    done = control.start(spec, _ears(verbose))
+    _tell(done, "up" if done.fresh else "up already")
+
+
+def restart(spec: HostSpec, verbose: bool) -> None:
+    """Stop and start, with these options; closed from the first to the last moment.
+
+    Exit codes are those of ttp start.
+    """
+    from nsrun.host import control
+
+    _tell(control.restart(spec, _ears(verbose)), "up")
+
+
+def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
+    """A command that has the options of a session."""
+
+    def command(
+        interface: Interface = "",
+        bootstrap_timeout: Timeout = 180.0,
+        allow_root: AllowRoot = False,
+        no_lan_bypass: NoLan = False,
+        no_ipv6: NoIpv6 = False,
+        bypass_user: BypassUser = "",
+        bypass_group: BypassGroup = "",
+        transport_port: TransportPort = session.TRANS_PORT,
+        dns_port: DnsPort = session.DNS_PORT,
+        use_bridges: UseBridges = False,
+        bridge_file: BridgeFile = None,
+        bridge: Bridge = None,
+        torrc: Torrc = None,
+        verbose: Verbose = False,
+    ) -> None:
+        lines = _bridges(use_bridges, bridge_file, bridge or [])
+        spec = HostSpec(
+            interface=interface,
+            bootstrap_timeout=bootstrap_timeout,
+            allow_root=allow_root,
+            lan=not no_lan_bypass,
+            ipv6=not no_ipv6,
+            bypass_users=_names(bypass_user),
+            bypass_groups=_names(bypass_group),
+            trans_port=transport_port,
+            dns_port=dns_port,
+            bridges=bridges.check(lines),
+            torrc=check_fragment(_text(torrc), str(torrc)) if torrc else "",
+        )
+        act(spec, verbose)
+
+    command.__name__, command.__doc__ = act.__name__, act.__doc__
+    return command
+
+
+def stop(verbose: Verbose = False) -> None:
+    """Take the whole host from behind Tor: what went through Tor is ended first."""
+    from nsrun.host import control
+
+    control.stop(_ears(verbose))
+    print("stopped: the network is as before")
+
+
+def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show the session of the whole host. Nothing is sent; exit code 1 if there is none."""
+    from nsrun.host import control
+
+    found = control.current()
+    if as_json:
+        told: dict[str, object] = {"state": found.state if found else "stopped"}
+        if found:
+            told |= {"since": found.since, "exit": found.exit, "interface": found.facts.interface}
+        output.as_json(told)
+    elif found is None:
+        print("stopped: the host is not behind Tor")
+    else:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.since))
+        rows = {
+            "state": found.state,
+            "exit": found.exit or "not verified",
+            "since": when,
+            "pid": str(found.pid),
+            "interface": found.facts.interface or "-",
+            "bypass": _exempt(found.spec),
+        }
+        for key, value in rows.items():
+            print(f"{key:<10} {client.visible(value)}")
+    if found is None:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def check(verbose: Verbose = False) -> None:
+    """Ask Tor's own service, through Tor, how it sees the host. Exit code 3 if not as Tor."""
+    from nsrun.host import control
+
+    _tell(control.check(_ears(verbose)), "up")
+
+
+def refresh() -> None:
+    """What ``ttp refresh`` does without a name."""
+    from nsrun.host import control
+
+    control.refresh()
+    print("new connections have new circuits")
+
+
+def log() -> Path:
+    """The log of the session, which is root's. Raises UsageError."""
+    from nsrun.host import control
+
+    control.need_root("logs")
+    if not Path(session.LOG).exists():
+        raise UsageError("read the log", "the whole host was not behind Tor since boot")
+    return Path(session.LOG)
+
+
+def is_logging() -> bool:
+    """Whether there is a session, and so may be more to read."""
+    return Path(session.RECORD).exists()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command()(takes_session(start))
+    app.command()(stop)
+    app.command()(takes_session(restart))
+    app.command()(status)
+    app.command()(check)
+
+
+def _tell(done: Outcome, state: str) -> None:
+    seen = done.seen
+    if seen.is_tor:
+        print(f"{state}: seen as {client.visible(seen.address)}, by Tor, in {seen.seconds:.1f} s")
+        return
+    why = seen.error or f"{seen.address} is no exit of Tor's"
+    raise UnverifiedError("verify that the host is behind Tor", why, "ttp check, in a while")
+
+
+class UnverifiedError(NsrunError):
+    """Up, and closed to all but Tor; but nobody has confirmed that Tor works."""
+
+    code = ExitCode.UNVERIFIED
+
+
+def _ears(verbose: bool) -> Ears:
+    from nsrun.host.control import Ears, nobody
+
+    return Ears(client.echo, client.echo if verbose else nobody)
+
+
+def _exempt(spec: HostSpec) -> str:
+    root, lan = ["root"] * spec.allow_root, ["LAN"] * spec.lan
+    return " ".join((*lan, *root, *spec.bypass_users, *spec.bypass_groups)) or "-"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The names of a list with commas."""
+    found = tuple(name.strip() for name in text.split(",")) if text else ()
+    if "" in found:
+        raise UsageError(f"take {text!r} for a list of names", "one of them is empty")
+    return found
+
+
+def _bridges(use: bool, file: Path | None, given: list[str]) -> list[str]:
+    lines = [*(bridges.lines_of(_text(file)) if file else ()), *given]
+    if lines and not use:
+        raise UsageError("use bridges", "bridge lines without --use-bridges", "add --use-bridges")
+    if use and not lines:
+        raise UsageError("use bridges", "none is given", "--bridge LINE or --bridge-file FILE")
+    return lines
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"read {file}", error) from error

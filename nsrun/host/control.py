@@ -1,0 +1,258 @@
+"""Start and stop of the whole host: one plan forwards, the same one back, whoever takes it back.
+
+The record at RECORD says that there is a session, and all that its plan is made of. It is written
+before the first effect and removed after the last, so every command finds out, under one lock, what
+another one that was killed has left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+from nsrun import paths, ruleset
+from nsrun.errors import NsrunError, UsageError
+from nsrun.host import facts, machine, oracle, session, tor
+from nsrun.host.plan import full_rules, start_steps
+from nsrun.host.session import HostSpec, Session
+from nsrun.host.steps import CutHost, OpenHost, TorifyHost
+
+LOG_BYTES = 1 << 20
+Tell = Callable[[str], None]
+
+
+def nobody(_words: str) -> None:
+    """Who does not listen."""
+
+
+@dataclass(frozen=True)
+class Ears:
+    """Who is told how it goes on, and who every single effect."""
+
+    words: Tell = nobody
+    effects: Tell = nobody
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``seen`` is how Tor's own service saw us; ``fresh`` that the session was not up before."""
+
+    session: Session
+    seen: oracle.Seen
+    fresh: bool
+
+
+def current() -> Session | None:
+    """The session that there is, in whatever state; needs no privilege. Raises NsrunError."""
+    try:
+        return session.read(Path(session.RECORD).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        hint = f"the `ttp` that wrote {session.RECORD} can stop it"
+        raise NsrunError("read the record of the session", error, hint) from error
+
+
+def start(spec: HostSpec, ears: Ears) -> Outcome:
+    """Put the host behind Tor, and look whether it is. Raises NsrunError: then it is as before.
+
+    One that is up already, with the same options, is looked at and left alone.
+    """
+    need_root("start")
+    with _lock(), _log(ears) as told:
+        found = current()
+        if found is not None and found.state == "up":
+            return _again(found, spec, told)
+        if found is not None:
+            told.words("an earlier command was killed: what it left is taken back, closed")
+        return _start(spec, found, told)
+
+
+def restart(spec: HostSpec, ears: Ears) -> Outcome:
+    """Another session in the place of the one that there is, if any, without a moment between."""
+    need_root("restart")
+    with _lock(), _log(ears) as told:
+        found = current()
+        facts.probe(spec)  # what is wrong with the request is said while all is as it was
+        return _start(spec, found, told)
+
+
+def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
+    made = before
+    try:
+        if before is not None:
+            _take_back(before, told, stay_closed=True)
+        facts.check_ports(spec)
+        helpers = facts.helpers(spec.bridges)
+        made = Session(spec, facts.probe(spec), os.getpid(), time.time())
+        made = replace(made, rules=ruleset.outline(full_rules(made)))
+        _write_record(made)
+        host = machine.HostMachine(told.effects)
+        for step in start_steps(made, helpers):
+            if isinstance(step, TorifyHost):
+                made = replace(made, redirected=True)
+                _write_record(made)
+            host.do(step)
+        tor.await_bootstrap(
+            spec.bootstrap_timeout,
+            lambda percent, words: told.words(f"Tor {percent} %: {words}"),
+        )
+    except BaseException:
+        if made is not None:
+            told.words("it failed: all is taken back")
+            _take_back(made, told)
+        raise
+    return _verified(made, told, fresh=True)
+
+
+def stop(ears: Ears) -> None:
+    """Give the network back; nothing that went through Tor goes on in clear.
+
+    Raises NsrunError: then the host stays closed, and stop can be tried again.
+    """
+    need_root("stop")
+    with _lock(), _log(ears) as told:
+        found = current()
+        if found is None:
+            raise UsageError("stop", "the host is not behind Tor", "ttp status")
+        _take_back(found, told)
+
+
+def refresh() -> None:
+    """New circuits for new connections of the host. Raises NsrunError."""
+    need_root("refresh")
+    _need_session("refresh")
+    tor.renew()
+
+
+def check(ears: Ears) -> Outcome:
+    """Look whether the host is behind Tor, from the rules to the exit. Raises NsrunError.
+
+    Nobody is asked before the rules were read back, so that it is asked by Tor.
+    """
+    need_root("check")
+    with _lock(), _log(ears) as told:
+        return _verified(_need_session("check"), told, fresh=False)
+
+
+def need_root(doing: str) -> None:
+    if os.geteuid() != 0:
+        raise UsageError(f"{doing} for the whole host", "only root can", f"sudo ttp {doing}")
+
+
+def _need_session(doing: str) -> Session:
+    found = current()
+    if found is None or found.state != "up":
+        raise UsageError(f"{doing} the session", "the host is not behind Tor", "ttp start")
+    return found
+
+
+def _again(found: Session, spec: HostSpec, told: Ears) -> Outcome:
+    asked = replace(spec, bridges=(), torrc="")
+    if asked != found.spec:
+        raise UsageError(
+            "start with these options", "it is up with others", "ttp restart, with the options"
+        )
+    return _verified(found, told, fresh=False)
+
+
+def _verified(found: Session, told: Ears, *, fresh: bool) -> Outcome:
+    machine.verify(found.rules)
+    exempt = (*found.facts.bypass_uids, *found.facts.bypass_gids)
+    seen = oracle.ask(exempt)
+    why = seen.error or f"seen as {seen.address}, which is not Tor's"
+    told.effects(f"verified: seen as {seen.address}" if seen.is_tor else f"not verified: {why}")
+    found = found.at("up", exit=seen.address if seen.is_tor else "")
+    _write_record(found)
+    return Outcome(found, seen, fresh)
+
+
+def _take_back(found: Session, told: Ears, *, stay_closed: bool = False) -> None:
+    """Every step's undo, from the last; the first that fails ends it, and the host stays closed.
+
+    With ``stay_closed`` the last is left out, and the record stays, for another start.
+    """
+    _write_record(found.at("stopping"))
+    host = machine.HostMachine(told.effects)
+    for step in reversed(start_steps(found, {})):
+        inverse = step.undo()
+        if isinstance(inverse, CutHost) and not found.redirected:
+            continue  # of connections that were there before, none went through Tor
+        if isinstance(inverse, OpenHost) and stay_closed:
+            return
+        if inverse is not None:
+            host.do(inverse)
+    Path(session.RECORD).unlink(missing_ok=True)
+
+
+def _write_record(found: Session) -> None:
+    """Whole or not at all: who is killed here leaves the one of before."""
+    new = f"{session.RECORD}.new"
+    Path(new).unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w") as file:
+        os.fchmod(file.fileno(), 0o644)  # `ttp status` needs no privilege
+        file.write(found.as_text())
+    Path(new).rename(session.RECORD)
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    """One command at a time changes the host; the lock goes with the process."""
+    paths.make_private(session.RUNTIME)
+    directory = os.open(session.RUNTIME, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        hint = "wait until it has ended"
+        raise NsrunError("change the host", "another `ttp` is at it", hint) from error
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def _log(ears: Ears) -> Iterator[Ears]:
+    """What is told goes into the log as well; of a step its first line is enough."""
+    handler = RotatingFileHandler(session.LOG, maxBytes=LOG_BYTES, backupCount=1)
+    Path(session.LOG).chmod(0o600)
+    handler.setFormatter(Formatter())
+    logger = logging.Logger("ttp", logging.INFO)
+    logger.addHandler(handler)
+
+    def kept(tell: Tell) -> Tell:
+        def say(words: str) -> None:
+            logger.info(words.partition("\n")[0].removesuffix(" <<'EOF'"))
+            tell(words)
+
+        return say
+
+    try:
+        yield Ears(kept(ears.words), kept(ears.effects))
+    except NsrunError as error:
+        logger.error("%s", error)
+        raise
+    finally:
+        handler.close()
+
+
+class Formatter(logging.Formatter):
+    """One line each, in UTC."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return f"{when} {record.levelname} {record.getMessage()}"
+
+
+def as_json(line: str) -> str:
+    """A line of the log as JSON: ``timestamp``, ``level``, ``message``."""
+    when, level, message = [*line.split(" ", 2), "", ""][:3]
+    return json.dumps({"timestamp": when, "level": level, "message": message})

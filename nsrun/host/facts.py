@@ -1,0 +1,142 @@
+"""What is on this host: the only reader of the outside that its plan is made from."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from nsrun import facts, netlink
+from nsrun.errors import MissingError, UsageError
+from nsrun.host import bridges, flows, session
+from nsrun.host.policy import choose_automap
+from nsrun.host.session import HostFacts, HostSpec
+
+DOING = "put the host behind Tor"
+
+
+def probe(spec: HostSpec) -> HostFacts:
+    """Look, change nothing. Raises UsageError or MissingError."""
+    if not Path(session.UNITS).parent.is_dir() or shutil.which("systemctl") is None:
+        raise MissingError(DOING, "systemd does not run here", "ttp run -- COMMAND does without")
+    facts.tor_version()
+    found = facts.probe()
+    tor = shutil.which("tor", path=facts.search_path())
+    assert tor is not None, "facts.probe() has looked for it"
+    if not found.tor_uid:
+        raise MissingError(DOING, "there is no user for Tor", "install the package tor")
+    return HostFacts(
+        tor=tor,
+        tor_uid=found.tor_uid,
+        tor_gid=found.tor_gid,
+        interface=_interface(spec.interface),
+        ipv6=_has_ipv6(),
+        reaches_ipv6=found.ipv6 and spec.ipv6,
+        automap4=choose_automap(found.networks),
+        resolv_conf=os.path.realpath("/etc/resolv.conf"),
+        resolved=_is_active("systemd-resolved.service"),
+        services=_services(),
+        bypass_uids=tuple(map(_user, spec.bypass_users)),
+        bypass_gids=tuple(map(_group, spec.bypass_groups)),
+        made=_absent("/run/tor", session.TOR_RUNTIME),
+    )
+
+
+def check_ports(spec: HostSpec) -> None:
+    """Raises UsageError where somebody has one of the ports already."""
+    for option, port, kind in (
+        ("--transport-port", spec.trans_port, socket.SOCK_STREAM),
+        ("--dns-port", spec.dns_port, socket.SOCK_DGRAM),
+    ):
+        for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            if family == socket.AF_INET6 and not _has_ipv6():
+                continue
+            with socket.socket(family, kind) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    listener.bind((host, port))
+                except OSError as error:
+                    cause = f"port {port} of {host}: {error.strerror}"
+                    raise UsageError(DOING, cause, f"{option} chooses another one") from error
+
+
+def helpers(lines: Iterable[str]) -> dict[str, str]:
+    """Paths of the programs that bridges need, by transport. Raises MissingError."""
+    found = {}
+    for name in bridges.transports(lines):
+        programs, _ = bridges.HELPERS[name]
+        paths = (shutil.which(program, path=facts.search_path()) for program in programs)
+        path = next(filter(None, paths), None)
+        if path is None:
+            raise bridges.missing(name)
+        found[name] = path
+    return found
+
+
+def _interface(wanted: str) -> str:
+    """The one that is named, or that of the default route; empty if there is none.
+
+    Rules, and the overlay of resolv.conf, are for all of them.
+    """
+    if wanted:
+        if wanted not in (name for _, name in socket.if_nameindex()):
+            raise UsageError(DOING, f"there is no interface {wanted}", "ip link lists them")
+        return wanted
+    for family in ("-4", "-6"):
+        command = ("ip", "-j", family, "route", "show", "default")
+        environment = {**os.environ, "PATH": facts.search_path()}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        for route in json.loads(done.stdout or "[]"):
+            if "dev" in route:
+                return str(route["dev"])
+    return ""
+
+
+def _has_ipv6() -> bool:
+    """Whether loopback has it, for Tor to listen there."""
+    with suppress(OSError):
+        return Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text().strip() == "0"
+    return False
+
+
+def _services() -> tuple[int, ...]:
+    """TCP ports that somebody listens on, and not on loopback only."""
+    with netlink.connect(flows.NETLINK_SOCK_DIAG) as diag:
+        listening = [one for one in flows.sockets(diag) if one.state == flows.LISTEN]
+    return tuple(sorted({one.ends[1] for one in listening if not one.ends[0].is_loopback}))
+
+
+def _is_active(unit: str) -> bool:
+    return subprocess.run(("systemctl", "--quiet", "is-active", unit)).returncode == 0
+
+
+def _user(name: str) -> int:
+    """The number of a user, by name or as a number. Root goes by --allow-root."""
+    try:
+        number = int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise UsageError(DOING, f"there is no user {name}", "getent passwd lists them") from None
+    if number == 0:
+        raise UsageError(DOING, "root is no user to bypass Tor", "--allow-root")
+    return number
+
+
+def _group(name: str) -> int:
+    try:
+        number = int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise UsageError(DOING, f"there is no group {name}", "getent group lists them") from None
+    if number == 0:
+        raise UsageError(DOING, "root's is no group to bypass Tor", "--allow-root")
+    return number
+
+
+def _absent(*directories: str) -> tuple[str, ...]:
+    return tuple(one for one in directories if not Path(one).is_dir())

@@ -1,0 +1,202 @@
+"""The effects of a whole host's steps, on top of those of every plan (nsrun/apply.py)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from nsrun import linux, ruleset
+from nsrun.apply import Machine, first_line
+from nsrun.errors import MissingError, NsrunError, VerifyError
+from nsrun.facts import search_path
+from nsrun.host import flows
+from nsrun.host.steps import (
+    CloseHost,
+    CoverFile,
+    CutHost,
+    FreeResolved,
+    HostStep,
+    LeadResolved,
+    OpenHost,
+    OwnDirectory,
+    RemoveDirectory,
+    StartUnit,
+    StopUnit,
+    TorifyHost,
+    UncoverFile,
+)
+from nsrun.steps import Step
+
+RESOLVED_UNIT = "systemd-resolved.service"
+TABLE = "inet ttp"
+
+
+class HostMachine:
+    """``echo`` is told every step."""
+
+    def __init__(self, echo: Callable[[str], None]) -> None:
+        self.echo = echo
+        self._common = Machine()
+
+    def do(self, step: HostStep | Step) -> None:
+        """Carry out one step. Raises NsrunError with the command that does the same by hand."""
+        self.echo(step.describe())
+        try:
+            self._do(step)
+        except OSError as error:
+            raise NsrunError(f"do: {first_line(step)}", error.strerror or error) from error
+
+    def _do(self, step: HostStep | Step) -> None:
+        match step:
+            case CloseHost(text) | TorifyHost(text):
+                load(text)
+            case OpenHost():
+                load(f"table {TABLE}\ndelete table {TABLE}\n")  # never fails for want of one
+            case CutHost(closed, ports, tor_uid):
+                if listed():  # else nothing was redirected, or not by us
+                    load(closed)
+                    flows.cut(ports, tor_uid)
+            case OwnDirectory(path, mode, uid, gid):
+                Path(path).mkdir(exist_ok=True)
+                os.chown(path, uid, gid)
+                Path(path).chmod(mode)
+            case RemoveDirectory(path):
+                _remove_directory(path)
+            case StartUnit(path, text):
+                _write(path, text)
+                systemctl("daemon-reload")
+                systemctl("start", step.name)
+            case StopUnit(path):
+                _stop(path, step.name)
+            case CoverFile(target, source):
+                linux.mount(source, target, flags=linux.MS_BIND)
+            case UncoverFile(target, source):
+                _uncover(target, source)
+            case LeadResolved(path, text):
+                Path(path).parent.mkdir(exist_ok=True)
+                _write(path, text)
+                _restart_resolved()
+            case FreeResolved(path):
+                _free_resolved(path)
+            case _:
+                self._common.do(step)
+
+
+def load(text: str) -> None:
+    """One nft transaction; a table in it is read back and compared (P12). Raises NsrunError."""
+    nft(("-f", "-"), text)
+    if wanted := ruleset.outline(text):
+        verify(wanted)
+
+
+def verify(wanted: Sequence[str]) -> None:
+    """Raises VerifyError unless the kernel has our table, as it was sent."""
+    if ruleset.outline(listed()) != tuple(wanted):
+        raise VerifyError(
+            "rely on the rules of the host",
+            "the kernel lists other rules than were sent",
+            "another program may be changing them; `ttp restart` loads them anew",
+        )
+
+
+def listed() -> str:
+    """Our table as the kernel lists it; empty if there is none."""
+    if TABLE not in nft(("list", "tables")):
+        return ""
+    return nft(("list", "table", *TABLE.split()))
+
+
+def nft(arguments: Sequence[str], text: str = "") -> str:
+    """What nft(8) printed. Raises NsrunError."""
+    environment = {**os.environ, "PATH": search_path(), "LC_ALL": "C"}
+    command = ("nft", *arguments)
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
+    except FileNotFoundError as error:
+        raise MissingError("load rules", "nft is not installed", "apt-get install nftables") from (
+            error
+        )
+    if done.returncode:
+        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
+        raise NsrunError("load the rules of the host", said, f"the step was: {' '.join(command)}")
+    return done.stdout
+
+
+def systemctl(*arguments: str) -> None:
+    """Raises NsrunError with what it said."""
+    done = subprocess.run(("systemctl", "--quiet", *arguments), capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
+        unit = arguments[-1]
+        raise NsrunError(f"systemctl {' '.join(arguments)}", said, f"journalctl --unit {unit}")
+
+
+def _write(path: str, text: str) -> None:
+    """Anew, for all to read: no link that lies there is followed."""
+    Path(path).unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w") as file:
+        os.fchmod(file.fileno(), 0o644)
+        file.write(text)
+
+
+def _stop(path: str, name: str) -> None:
+    if Path(path).exists():
+        systemctl("stop", name)
+        Path(path).unlink()
+        systemctl("daemon-reload")
+        # a unit that had failed is remembered without its file
+        subprocess.run(("systemctl", "--quiet", "reset-failed", name), capture_output=True)
+
+
+def _free_resolved(path: str) -> None:
+    """One that does not run has been stopped by an undo that was killed, or that failed."""
+    file = Path(path)
+    active = subprocess.run(("systemctl", "--quiet", "is-active", RESOLVED_UNIT)).returncode == 0
+    if file.exists() or not active:
+        file.unlink(missing_ok=True)
+        _restart_resolved()
+    with suppress(OSError):  # somebody else's drop-ins are in it
+        file.parent.rmdir()
+
+
+def _restart_resolved() -> None:
+    """systemd starts nothing more often than a few times in ten seconds, if it is not told to."""
+    subprocess.run(("systemctl", "--quiet", "reset-failed", RESOLVED_UNIT), capture_output=True)
+    systemctl("restart", RESOLVED_UNIT)
+
+
+def _uncover(target: str, source: str) -> None:
+    while _covers(target, source):
+        linux.umount(target)
+
+
+def _covers(target: str, source: str) -> bool:
+    """Whether what is mounted last at ``target`` is the file ``source`` (proc_pid_mountinfo(5))."""
+    mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    roots = [fields[3] for fields in mounts if fields[4] == target]
+    return bool(roots) and roots[-1].removesuffix("//deleted").endswith(_within_mount(source))
+
+
+def _within_mount(path: str) -> str:
+    """``path`` below the mount point that it is on: as the root of a mount of it is told."""
+    above = Path(path).parent
+    while not above.is_mount():
+        above = above.parent
+    return "/" + str(Path(path).relative_to(above))
+
+
+def _remove_directory(path: str) -> None:
+    try:
+        for entry in os.scandir(path):
+            if not entry.is_dir(follow_symlinks=False):
+                Path(entry.path).unlink(missing_ok=True)
+        Path(path).rmdir()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:  # else somebody else has begun to use it
+            raise

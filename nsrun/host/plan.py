@@ -1,0 +1,90 @@
+"""Decide all that is done to a host: a session in, steps out. Pure.
+
+The rules come first and go last: closed from the first step on, and opened by nothing but the
+last. Taking back is these steps' undos from the end, by whoever finds the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nsrun import torrc
+from nsrun.host import bridges, session, units
+from nsrun.host.policy import HostPolicy
+from nsrun.host.rules import render, render_lockdown
+from nsrun.host.session import Session
+from nsrun.host.steps import (
+    CloseHost,
+    CoverFile,
+    HostStep,
+    LeadResolved,
+    OwnDirectory,
+    StartUnit,
+    TorifyHost,
+)
+from nsrun.steps import MakeDirectory, WriteFile
+
+
+def policy(made: Session) -> HostPolicy:
+    """What the rules let through."""
+    spec, facts = made.spec, made.facts
+    return HostPolicy(
+        tor_uid=facts.tor_uid,
+        trans_port=spec.trans_port,
+        dns_port=spec.dns_port,
+        automap4=facts.automap4,
+        lan=spec.lan,
+        ipv6=spec.ipv6 and facts.ipv6,
+        allow_root=spec.allow_root,
+        services=facts.services,
+        bypass_users=facts.bypass_uids,
+        bypass_groups=facts.bypass_gids,
+    )
+
+
+def full_rules(made: Session) -> str:
+    """The table of a session that is up."""
+    return render(policy(made))
+
+
+def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ...]:
+    """The host from as it was to behind Tor. ``helpers`` are programs for bridges, by transport."""
+    spec, facts = made.spec, made.facts
+    closed, owner = render_lockdown(policy(made)), (facts.tor_uid, facts.tor_gid)
+    return (
+        CloseHost(closed),
+        *(
+            OwnDirectory(path, 0o700 if path == session.TOR_RUNTIME else 0o755, *owner)
+            for path in facts.made
+        ),
+        MakeDirectory(session.TOR_STATE, 0o700, *owner),
+        WriteFile(session.TORRC, torrc.render_host(tor_config(made, helpers)), 0o600, *owner),
+        StartUnit(f"{session.UNITS}/{session.TOR_UNIT}", units.tor_unit(facts.tor, *owner)),
+        TorifyHost(full_rules(made), closed, (spec.trans_port, spec.dns_port), facts.tor_uid),
+        *(
+            (LeadResolved(session.RESOLVED, units.resolved(spec.dns_port)),)
+            if facts.resolved
+            else ()
+        ),
+        WriteFile(session.RESOLV_CONF, units.resolv_conf(), 0o644, 0, 0),
+        CoverFile(facts.resolv_conf, session.RESOLV_CONF),
+    )
+
+
+def tor_config(made: Session, helpers: Mapping[str, str]) -> torrc.HostTor:
+    """What the Tor of the session needs to know."""
+    spec, facts, rules = made.spec, made.facts, policy(made)
+    lines = spec.bridges
+    fragments = (bridges.options(lines, helpers),) if lines else ()
+    return torrc.HostTor(
+        data=session.TOR_STATE,
+        control=session.CONTROL,
+        cookie=session.COOKIE,
+        trans_port=spec.trans_port,
+        dns_port=spec.dns_port,
+        automap4=rules.automap4,
+        automap6=rules.automap6,
+        ipv6=rules.ipv6,
+        reaches_ipv6=facts.reaches_ipv6,
+        fragments=(*fragments, spec.torrc),
+    )

@@ -1,0 +1,133 @@
+"""A session of the whole host: what was asked for, what was found, and the record of both. Pure.
+
+The record is written before the first effect. From it alone the plan can be made again, and so
+be taken back, by whichever command comes next: after kill -9 at any step nothing is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from nsrun.errors import UsageError
+from nsrun.spec import check_seconds
+
+RUNTIME = "/run/ttp"
+RECORD = f"{RUNTIME}/ttp.lock"
+LOG = f"{RUNTIME}/ttp.log"
+RESOLV_CONF = f"{RUNTIME}/resolv.conf"
+TOR_RUNTIME = "/run/tor/ttp"
+TORRC = f"{TOR_RUNTIME}/torrc"
+CONTROL = f"{TOR_RUNTIME}/control.sock"
+COOKIE = f"{TOR_RUNTIME}/auth_cookie"
+TOR_STATE = "/var/lib/tor/ttp"
+TOR_UNIT = "ttp-tor.service"
+UNITS = "/run/systemd/system"  # of volatile units: gone at reboot (systemd.unit(5))
+RESOLVED = "/run/systemd/resolved.conf.d/ttp.conf"  # resolved.conf(5)
+TRANS_PORT, DNS_PORT = 9041, 9054
+
+State = Literal["starting", "up", "stopping"]
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """The options of ``ttp start``. ``lan`` says that private addresses are reached directly.
+
+    ``bridges`` and ``torrc``, which may be secret, are no part of the record.
+    """
+
+    interface: str = ""
+    bootstrap_timeout: float = 180.0
+    allow_root: bool = False
+    lan: bool = True
+    ipv6: bool = True
+    bypass_users: tuple[str, ...] = ()
+    bypass_groups: tuple[str, ...] = ()
+    trans_port: int = TRANS_PORT
+    dns_port: int = DNS_PORT
+    bridges: tuple[str, ...] = ()
+    torrc: str = ""
+
+    def __post_init__(self) -> None:
+        check_seconds("--bootstrap-timeout", self.bootstrap_timeout)
+        for option, port in (
+            ("--transport-port", self.trans_port),
+            ("--dns-port", self.dns_port),
+        ):
+            if not 1024 <= port <= 65535:
+                raise UsageError(f"use {port} as {option}", "it is not from 1024 to 65535")
+        if self.trans_port == self.dns_port:
+            raise UsageError(f"use {self.dns_port} twice", "--transport-port is --dns-port")
+        # linux/netdevice.h, dev_valid_name(): it becomes part of what is printed and kept
+        if self.interface and not re.fullmatch(r"[^\s/:]{1,15}", self.interface):
+            raise UsageError(f"use the interface {self.interface!r}", "that is no name of one")
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What was found on this machine; numbers of the users and groups that were named.
+
+    ``resolv_conf`` is the real path of /etc/resolv.conf, behind every symlink. ``made`` are the
+    directories that are not there yet, and so are ours to remove; ``services`` are TCP ports that
+    others may connect to.
+    """
+
+    tor: str
+    tor_uid: int
+    tor_gid: int
+    interface: str
+    ipv6: bool
+    reaches_ipv6: bool
+    automap4: str
+    resolv_conf: str
+    resolved: bool
+    services: tuple[int, ...] = ()
+    bypass_uids: tuple[int, ...] = ()
+    bypass_gids: tuple[int, ...] = ()
+    made: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Session:
+    """``exit`` is the address that sites saw when it was verified last; empty if never.
+
+    ``since`` is in seconds of the epoch; ``rules`` is the outline of the table as it was loaded.
+    ``redirected`` says that connections may have been led to Tor, and so are to be ended.
+    """
+
+    spec: HostSpec
+    facts: HostFacts
+    pid: int
+    since: float
+    state: State = "starting"
+    exit: str = ""
+    rules: tuple[str, ...] = ()
+    redirected: bool = False
+
+    def at(self, state: State, **changes: Any) -> Session:
+        return replace(self, state=state, **changes)
+
+    def as_text(self) -> str:
+        """The record: JSON, without what may be secret."""
+        told = asdict(replace(self, spec=replace(self.spec, bridges=(), torrc="")))
+        return json.dumps(told, indent=2) + "\n"
+
+
+def read(text: str) -> Session:
+    """The session of a record. Raises ValueError if it is none of ours, or of another version."""
+    try:
+        told = json.loads(text)
+        spec, facts = _made(HostSpec, told["spec"]), _made(HostFacts, told["facts"])
+        found: Session = _made(Session, {**told, "spec": spec, "facts": facts})
+    except (KeyError, TypeError, UsageError) as error:
+        raise ValueError(f"not a record of a session: {error}") from error
+    return found
+
+
+def _made(kind: Any, values: dict[str, Any]) -> Any:
+    """A dataclass of exactly these values; JSON's lists are its tuples."""
+    if {one.name for one in fields(kind)} != set(values):
+        raise ValueError("a record of another version")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

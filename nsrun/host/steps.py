@@ -1,0 +1,215 @@
+"""Steps that only a whole host needs; the others are those of nsrun/steps.py. Pure.
+
+Each undo succeeds when there is nothing to undo, so that a plan of which nobody knows how far it
+got can be taken back as a whole, from its end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nsrun.steps import MakeDirectory, RemoveFile, WriteFile
+
+
+@dataclass(frozen=True)
+class CloseHost:
+    """The first effect: from here on nothing new leaves, until the table is taken away (P4)."""
+
+    text: str
+
+    def describe(self) -> str:
+        return f"nft -f - <<'EOF'\n{self.text}EOF"
+
+    def undo(self) -> HostStep | None:
+        return OpenHost()
+
+
+@dataclass(frozen=True)
+class OpenHost:
+    """The table goes, and with it the session: the network is as before."""
+
+    def describe(self) -> str:
+        return "nft delete table inet ttp"
+
+    def undo(self) -> HostStep | None:
+        return None
+
+
+@dataclass(frozen=True)
+class OwnDirectory:
+    """A directory that was not there, and goes with the session."""
+
+    path: str
+    mode: int
+    uid: int
+    gid: int
+
+    def describe(self) -> str:
+        return f"install -d -m {self.mode:o} -o {self.uid} -g {self.gid} {self.path}"
+
+    def undo(self) -> HostStep | None:
+        return RemoveDirectory(self.path)
+
+
+@dataclass(frozen=True)
+class RemoveDirectory:
+    """With the files in it, which Tor has made; no directory below it is touched."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"find {self.path} -maxdepth 1 -delete"
+
+    def undo(self) -> HostStep | None:
+        return None
+
+
+@dataclass(frozen=True)
+class StartUnit:
+    """A volatile unit; done when it says that it is ready."""
+
+    path: str
+    text: str
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def describe(self) -> str:
+        return (
+            f"install -m 644 /dev/stdin {self.path} <<'EOF'\n{self.text}EOF\n"
+            f"systemctl daemon-reload\nsystemctl start {self.name}"
+        )
+
+    def undo(self) -> HostStep | None:
+        return StopUnit(self.path)
+
+
+@dataclass(frozen=True)
+class StopUnit:
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def describe(self) -> str:
+        return f"systemctl stop {self.name}\nrm -f {self.path}\nsystemctl daemon-reload"
+
+    def undo(self) -> HostStep | None:
+        return None
+
+
+@dataclass(frozen=True)
+class TorifyHost:
+    """The full table in the place of the closed one, in one transaction, and read back (P12)."""
+
+    text: str
+    closed: str
+    ports: tuple[int, int]
+    tor_uid: int
+
+    def describe(self) -> str:
+        return f"nft -f - <<'EOF'\n{self.text}EOF"
+
+    def undo(self) -> HostStep | None:
+        return CutHost(self.closed, self.ports, self.tor_uid)
+
+
+@dataclass(frozen=True)
+class CutHost:
+    """Closed again; then what was redirected is ended, before it could go on in clear.
+
+    That is every socket whose connection was led to one of ``ports``, long idle and half closed
+    ones as well, and these connections in conntrack's table, and nobody else's (P9).
+    """
+
+    closed: str
+    ports: tuple[int, int]
+    tor_uid: int
+
+    def describe(self) -> str:
+        trans, dns = self.ports
+        return (
+            f"nft -f - <<'EOF'\n{self.closed}EOF\n"
+            f"ss --kill (what was redirected to port {trans})\n"
+            f"conntrack --delete (what was redirected to ports {trans} and {dns})"
+        )
+
+    def undo(self) -> HostStep | None:
+        return None
+
+
+@dataclass(frozen=True)
+class CoverFile:
+    """``target``, a real path, reads as ``source`` for as long as the mount is there."""
+
+    target: str
+    source: str
+
+    def describe(self) -> str:
+        return f"mount --bind {self.source} {self.target}"
+
+    def undo(self) -> HostStep | None:
+        return UncoverFile(self.target, self.source)
+
+
+@dataclass(frozen=True)
+class UncoverFile:
+    """Only mounts of ``source`` are taken away, as many as there are."""
+
+    target: str
+    source: str
+
+    def describe(self) -> str:
+        return f"umount {self.target}"
+
+    def undo(self) -> HostStep | None:
+        return None
+
+
+@dataclass(frozen=True)
+class LeadResolved:
+    """systemd-resolved reads a drop-in more, and forgets what it knew."""
+
+    path: str
+    text: str
+
+    def describe(self) -> str:
+        return (
+            f"install -D -m 644 /dev/stdin {self.path} <<'EOF'\n{self.text}EOF\n"
+            "systemctl restart systemd-resolved.service"
+        )
+
+    def undo(self) -> HostStep | None:
+        return FreeResolved(self.path)
+
+
+@dataclass(frozen=True)
+class FreeResolved:
+    path: str
+
+    def describe(self) -> str:
+        return f"rm -f {self.path}\nsystemctl restart systemd-resolved.service"
+
+    def undo(self) -> HostStep | None:
+        return None
+
+
+HostStep = (
+    CloseHost
+    | OpenHost
+    | OwnDirectory
+    | RemoveDirectory
+    | MakeDirectory
+    | WriteFile
+    | RemoveFile
+    | StartUnit
+    | StopUnit
+    | TorifyHost
+    | CutHost
+    | CoverFile
+    | UncoverFile
+    | LeadResolved
+    | FreeResolved
+)

@@ -1,0 +1,88 @@
+"""Texts of what ttp adds to a host for one session: a unit of systemd, a resolver. Pure.
+
+All of it is below /run, and gone at reboot. Sources: systemd.exec(5), resolved.conf(5).
+"""
+
+from __future__ import annotations
+
+from nsrun.host import session
+
+
+def tor_unit(tor: str, uid: int, gid: int) -> str:
+    """Tor of the session: it says itself when it listens (sd_notify(3)), and owns two directories.
+
+    It starts again when it dies; until then every connection is refused, as the rules stand.
+    """
+    return f"""\
+[Unit]
+Description=Tor of the whole host, by ttp
+
+[Service]
+Type=notify
+NotifyAccess=all
+User={uid}
+Group={gid}
+ExecStart={tor} --defaults-torrc /dev/null --hush -f {session.TORRC}
+ExecReload=/bin/kill -HUP $MAINPID
+KillSignal=SIGINT
+TimeoutStartSec=60
+TimeoutStopSec=10
+Restart=on-failure
+RestartSec=1
+LimitNOFILE=65536
+UMask=0077
+
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+ProtectSystem=strict
+ReadWritePaths={session.TOR_STATE} {session.TOR_RUNTIME}
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+"""
+
+
+def resolv_conf() -> str:
+    """resolv.conf(5): an address that nobody need listen at, as port 53 is redirected anyway.
+
+    ``search .``: else libc would take the host's own domain and send it to exits.
+    """
+    return "# The whole host is behind Tor, by ttp: `ttp stop` gives back your own file.\n" + (
+        "nameserver 127.0.0.1\nsearch .\n"
+    )
+
+
+def resolved(dns_port: int) -> str:
+    """systemd-resolved asks Tor for every name, and keeps and shares none.
+
+    Who asks it by its own socket, and not by DNS, is served so as well. An empty list forgets those
+    of other files.
+    """
+    return f"""\
+# The whole host is behind Tor, by ttp: gone with `ttp stop`.
+[Resolve]
+DNS=
+DNS=127.0.0.1:{dns_port}
+FallbackDNS=
+Domains=
+Domains=~.
+DNSSEC=no
+DNSOverTLS=no
+LLMNR=no
+MulticastDNS=no
+Cache=no
+"""

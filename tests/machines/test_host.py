@@ -1,0 +1,446 @@
+"""The whole host behind Tor: the documented commands, typed in a machine, with its wire watched.
+
+    web, DNS, Tor ══ router ═p-host═ the machine
+                       └─p-lan── LAN
+
+Every packet of the machine passes p-host, and there is an allow list for it: TCP to relays, and
+what neighbours ask each other.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import pytest
+
+from lab_helpers import ORACLE
+from machine import Machine
+from nsrun.host import session
+from nsrun.lab import topology
+from nsrun.leak.frames import Ip, Tcp, Udp
+from nsrun.leak.pcap import Capture
+from nsrun.leak.verdict import Value, as_text, judge
+
+START = ("ttp", "start", "--torrc", "/etc/ttp/lab.torrc")
+OWN = (topology.HOST, topology.HOST6)
+CURL = ("curl", "-sS", "--max-time", "20")
+PYTHON = "/usr/local/lib/ttp/bin/python"
+CUT = "Software caused connection abort\n"  # ECONNABORTED: what a destroyed socket says
+
+
+@pytest.fixture
+def host(machine: Machine) -> Iterator[Machine]:
+    """The machine, as it was before the test and after it, whatever happens.
+
+    But for the log, which is there until the next boot; the first command begins it.
+    """
+    machine.run("ttp", "stop")
+    before = machine.state()
+    yield machine
+    machine.run("ttp", "stop")
+    assert machine.changes(before) == ""
+
+
+@contextmanager
+def watched(machine: Machine) -> Iterator[list[Capture]]:
+    """What passes the machine's wire while the block runs; it is there when the block has ended."""
+    seen: list[Capture] = []
+    with machine.lab.tap("router", "p-host") as wire:
+        yield seen
+        seen.append(wire.stop())
+
+
+def contained(machine: Machine, capture: Capture, *, expect_some: bool = True) -> None:
+    """Nothing but TCP to relays, and neighbours."""
+    known = machine.lab.neighbours(*OWN, topology.RESOLVER, topology.LAN_WEB)
+    verdict = judge("p-host", capture, [*machine.lab.rules(*OWN), known], expect_some=expect_some)
+    assert verdict.value is Value.CONTAINED, as_text([verdict])
+
+
+def to(capture: Capture, kind: type, *addresses: str) -> list[Any]:
+    """Frames of ``kind``, TCP or UDP, to one of the addresses."""
+    return [
+        frame
+        for frame in capture.frames
+        if isinstance(frame.body, Ip)
+        and frame.body.target in addresses
+        and isinstance(frame.body.body, kind)
+    ]
+
+
+def as_seen(machine: Machine, *options: str, user: str = "alice") -> dict[str, Any]:
+    """What the lab's oracle says to a user of the machine."""
+    done = machine.run(*CURL, *options, ORACLE, user=user)
+    return dict(json.loads(done.stdout)) if done.returncode == 0 else {"error": done.stderr}
+
+
+@pytest.mark.promise("P1", "P2", "P3", "P8", "P12")
+def test_the_documented_life_of_a_session(host: Machine) -> None:
+    """start, status, check, refresh, a second start, stop; every packet of it judged."""
+    with watched(host) as seen:
+        up = host.run(*START)
+        assert up.returncode == 0, up.stderr
+        assert "by Tor" in up.stdout
+        told = json.loads(host.run("ttp", "status", "--json", user="alice", check=True).stdout)
+        assert told["state"] == "up"
+        assert told["exit"] in host.lab.exits()
+        assert host.run("ttp", "check", check=True).stdout.startswith("up: seen as")
+        host.run("ttp", "refresh", check=True)
+        assert as_seen(host, "-4")["IsTor"] is True
+        assert as_seen(host, "-6")["IsTor"] is True
+        assert "up already" in host.run(*START, check=True).stdout
+        other = host.run(*START, "--allow-root")
+        assert other.returncode == 2, other.stderr
+        log = host.run("ttp", "logs", check=True).stdout
+        assert "verified: seen as" in log
+        assert host.run("ttp", "stop", check=True).stdout == "stopped: the network is as before\n"
+        down = host.run("ttp", "status", user="alice")
+        assert (down.returncode, down.stdout) == (1, "stopped: the host is not behind Tor\n")
+    contained(host, seen[0])
+    assert as_seen(host, "-4") == {"IsTor": False, "IP": topology.WAN}
+
+
+def test_who_is_not_root_may_look_and_no_more(host: Machine) -> None:
+    """Exit code 2, and nothing is changed; and without a session, there is none to stop."""
+    for verb in ("start", "stop", "restart", "check", "refresh", "logs"):
+        done = host.run("ttp", verb, user="alice")
+        assert done.returncode == 2, done.stderr
+        assert "only root can" in done.stderr
+    assert host.run("ttp", "stop").returncode == 2
+    assert host.run("ttp", "check").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--transport-port", "80"),
+        ("--transport-port", "22222"),
+        ("--interface", "nowhere0"),
+        ("--bypass-user", "nobody-of-that-name"),
+        ("--bypass-user", "root"),
+        ("--bridge", "192.0.2.1:1"),
+        ("--use-bridges",),
+        ("--use-bridges", "--bridge", "192.0.2.1:1\nSocksPort 9050"),
+        ("--dns-port", "9041"),
+    ],
+)
+def test_a_wrong_request_changes_nothing(host: Machine, wrong: tuple[str, ...]) -> None:
+    """Exit code 2, before the first effect."""
+    listener = ("socat", "TCP-LISTEN:22222,fork,reuseaddr", "STDOUT")
+    with host.start(*listener) as taken:
+        host.run("sh", "-c", "until ss -Hltn sport = 22222 | grep -q .; do sleep 0.05; done")
+        done = host.run(*START, *wrong)
+        taken.kill()
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert host.run("nft", "list", "tables").stdout == ""
+
+
+@pytest.mark.promise("P4", "P8")
+def test_a_start_that_fails_leaves_the_host_as_it_was(host: Machine) -> None:
+    """Tor gets no further without the lab's authorities: exit code 1, and the network in clear."""
+    done = host.run("ttp", "start", "--bootstrap-timeout", "1")
+    assert done.returncode == 1, done.stdout
+    assert "cannot wait for Tor" in done.stderr
+    assert as_seen(host, "-4") == {"IsTor": False, "IP": topology.WAN}
+
+
+@pytest.mark.promise("P4", "P12")
+def test_an_exit_that_nobody_confirms_is_told_by_a_code_of_its_own(host: Machine) -> None:
+    """3: up, and closed to all but Tor. The oracle's certificate is not believed here."""
+    distrust = ("env", "SSL_CERT_FILE=/etc/hosts")
+    done = host.run(*distrust, *START)
+    assert done.returncode == 3, done.stderr
+    assert as_seen(host, "-4")["IsTor"] is True
+    assert host.run(*distrust, "ttp", "check").returncode == 3
+    assert host.run("ttp", "check").returncode == 0
+
+
+@pytest.mark.promise("P11", "P12")
+def test_check_asks_nobody_when_the_rules_are_not_as_they_were(host: Machine) -> None:
+    """T11: the oracle would be asked in clear; status and check without a session ask nobody."""
+    with watched(host) as before:
+        host.run("ttp", "status")
+        host.run("ttp", "check")
+    host.run(*START, check=True)
+    with watched(host) as seen:
+        host.run("nft", "flush", "chain", "inet", "ttp", "filter_out", check=True)
+        host.run("nft", "flush", "chain", "inet", "ttp", "output", check=True)
+        done = host.run("ttp", "check")
+    assert done.returncode == 1, done.stdout
+    assert "other rules" in done.stderr
+    for capture in (before[0], seen[0]):
+        assert not to(capture, Tcp, topology.WEB, topology.WEB6)
+        assert not to(capture, Udp, topology.RESOLVER, topology.RESOLVER6)
+
+
+# ---- what went through Tor, at stop ------------------------------------------------------------
+
+# Connect, say so, and write when told to; several times, as the first words may come too early.
+IDLE = """
+import socket, sys, time
+it = socket.create_connection((sys.argv[1], 80), 20)
+print("open", flush=True)
+sys.stdin.readline()
+try:
+    for _ in range(3):
+        it.sendall(b"late words")
+        time.sleep(0.3)
+    print("sent", flush=True)
+except OSError as error:
+    print(error.strerror, flush=True)
+"""
+# As `conntrack -F` forgets, but only what leads to Tor.
+FORGET = """
+from nsrun import netlink
+from nsrun.host import flows
+with netlink.connect(netlink.NETLINK_NETFILTER) as kernel:
+    for flow in flows.flows(kernel):
+        if flow.leads_to((9041,)):
+            netlink.request(kernel, flows.CT_DELETE, flow.key)
+"""
+
+
+@contextmanager
+def idle(machine: Machine, target: str) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+    """A connection of alice's to the web, that says nothing until a line is written to it."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with machine.start("python3", "-c", IDLE, target, user="alice", **pipes) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "open\n"
+            yield process, process.stdout
+        finally:
+            process.kill()
+
+
+def speak(process: subprocess.Popen[str], heard: IO[str]) -> str:
+    """What became of its words."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return heard.readline()
+
+
+@pytest.mark.promise("P1", "P4")
+@pytest.mark.parametrize("target", [topology.WEB, topology.WEB6])
+def test_nothing_that_went_through_tor_goes_on_in_clear(host: Machine, target: str) -> None:
+    """T5: an idle connection is ended by stop, and its next words are on no wire."""
+    host.run(*START, check=True)
+    with idle(host, target) as (process, heard), watched(host) as seen:
+        host.run("ttp", "stop", check=True)
+        assert speak(process, heard) == CUT
+    assert not to(seen[0], Tcp, target)
+
+
+@pytest.mark.promise("P1", "P4")
+def test_half_closed_and_forgotten_connections_end_too(host: Machine) -> None:
+    """Tor was killed, conntrack remembers nothing: a socket in CLOSE_WAIT is destroyed as well."""
+    host.run(*START, check=True)
+    with idle(host, topology.WEB) as (process, heard):
+        host.run("systemctl", "kill", "--signal=KILL", session.TOR_UNIT, check=True)
+        host.run(PYTHON, "-c", FORGET, check=True)
+        with watched(host) as seen:
+            host.run("ttp", "stop", check=True)
+            assert speak(process, heard) == CUT
+    assert not to(seen[0], Tcp, topology.WEB)
+
+
+def test_control_a_careless_stop_lets_it_go_on_in_clear(host: Machine) -> None:
+    """The same, without the sockets' end: the words are on the wire, to the site itself."""
+    host.run(*START, check=True)
+    with idle(host, topology.WEB) as (process, heard), watched(host) as seen:
+        host.run("systemctl", "stop", session.TOR_UNIT, check=True)
+        host.run("nft", "delete", "table", "inet", "ttp", check=True)
+        host.run(PYTHON, "-c", FORGET, check=True)
+        speak(process, heard)
+    assert to(seen[0], Tcp, topology.WEB)
+
+
+# ---- no moment between -------------------------------------------------------------------------
+
+SHOUT = """
+import socket, sys, time
+udp = [(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), (sys.argv[1], 7)),
+       (socket.socket(socket.AF_INET6, socket.SOCK_DGRAM), (sys.argv[2], 7))]
+end = time.monotonic() + float(sys.argv[3])
+while time.monotonic() < end:
+    for one, where in udp:
+        try:
+            one.sendto(b"stray", where)
+        except OSError:
+            pass
+    time.sleep(0.0005)
+"""
+
+
+@pytest.mark.promise("P3", "P4")
+def test_no_start_and_no_restart_opens_for_a_moment(host: Machine) -> None:
+    """T6, T7: somebody sends all the time, while it is started once more, anew, and renewed."""
+    shout = ("python3", "-c", SHOUT, topology.WEB, topology.WEB6)
+    with watched(host) as control:
+        host.run(*shout, "0.1", user="alice")
+    host.run(*START, check=True)
+    with watched(host) as seen, host.start(*shout, "60", user="alice") as process:
+        host.run(*START, check=True)
+        host.run("ttp", "restart", *START[2:], check=True)
+        host.run("ttp", "refresh", check=True)
+        process.kill()
+    for address in (topology.WEB, topology.WEB6):
+        assert to(control[0], Udp, address)
+        assert not to(seen[0], Udp, address)
+
+
+MORTAL = """
+import os, sys
+from nsrun.cli import main
+from nsrun.host.machine import HostMachine
+
+left = int(sys.argv.pop(1))
+do = HostMachine.do
+
+def counted(self, step):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), 9)
+    left -= 1
+    do(self, step)
+
+HostMachine.do = counted
+main()
+"""
+
+
+def is_killed(machine: Machine, steps: int, *words: str) -> bool:
+    """Whether ``ttp`` with these words was killed before its step of that number, from 0."""
+    done = machine.run(PYTHON, "-c", MORTAL, str(steps), *words)
+    assert done.returncode in (0, -9, 137), done.stderr
+    return done.returncode != 0
+
+
+def is_closed(machine: Machine) -> bool:
+    """Whether the web cannot be reached in clear, by who has its address already."""
+    page = f"http://{topology.WEB}/api/ip"
+    done = machine.run(*CURL, "--max-time", "5", page, user="alice")
+    return '"IsTor":false' not in done.stdout
+
+
+@pytest.mark.promise("P4", "P8")
+def test_a_start_that_is_killed_at_any_step_is_closed_and_mended(host: Machine) -> None:
+    """kill -9 before each: nothing goes out in clear from the first on; stop takes it back."""
+    steps = 0
+    while is_killed(host, steps, *START[1:]):
+        assert is_closed(host) is (steps > 0), steps
+        host.run("ttp", "stop", check=True)
+        assert not is_closed(host)
+        steps += 1
+    assert steps > 8
+
+
+@pytest.mark.promise("P4", "P8")
+def test_a_stop_that_is_killed_at_any_step_is_closed_and_goes_on(host: Machine) -> None:
+    """kill -9 before each; the next one begins anew, and finds some of it done; start, too."""
+    host.run(*START, check=True)
+    steps = 0
+    while is_killed(host, steps, "stop"):
+        assert is_closed(host), steps
+        steps += 1
+    assert steps > 8
+    assert not is_closed(host)
+    host.run(*START, check=True)
+    assert is_killed(host, 5, "stop")
+    host.run(*START, check=True)
+    assert as_seen(host, "-4")["IsTor"] is True
+
+
+# ---- options -----------------------------------------------------------------------------------
+
+
+def test_what_is_on_the_machine_is_as_documented(host: Machine) -> None:
+    """docs/compatibility.md, by path and by name; all of it volatile, but for Tor's guards."""
+    host.run(*START, check=True)
+    chains = host.run("nft", "list", "table", "inet", "ttp", check=True).stdout
+    assert "chain output {" in chains
+    assert "chain filter_out {" in chains
+    shown = host.run("systemctl", "show", "-P", "FragmentPath,User", session.TOR_UNIT).stdout
+    assert f"{session.UNITS}/{session.TOR_UNIT}" in shown
+    for path, who in (
+        (session.RECORD, "root 644"),
+        (session.LOG, "root 600"),
+        (session.RESOLV_CONF, "root 644"),
+        (session.RESOLVED, "root 644"),
+        (session.TORRC, "debian-tor 600"),
+        (session.CONTROL, "debian-tor"),
+        (session.COOKIE, "debian-tor 600"),
+        (session.TOR_STATE, "debian-tor 700"),
+    ):
+        assert host.run("stat", "-c", "%U %a", path, check=True).stdout.startswith(who), path
+    assert "nameserver 127.0.0.1\n" in host.run("cat", "/etc/resolv.conf", user="alice").stdout
+    assert host.path("/etc/resolv.conf").is_symlink()
+    assert host.run("systemctl", "is-active", "tor.service").stdout == "inactive\n"
+    host.run("ttp", "stop", check=True)
+    host.run("test", "-e", session.TOR_STATE, check=True)
+
+
+@pytest.mark.promise("P1", "P2")
+def test_a_name_of_onion_goes_to_tor(host: Machine) -> None:
+    """T1: its address is a private one, and yet not taken for the LAN's."""
+    name = f"{'a' * 55}d.onion"
+    host.run(*START, check=True)
+    found = host.run("getent", "ahostsv4", name, user="alice").stdout.split()
+    assert found[0].startswith("10."), found
+    with watched(host) as seen:
+        done = host.run(*CURL, "--max-time", "2", f"http://{found[0]}/", user="alice")
+    assert done.returncode != 7, "nobody took the connection"
+    contained(host, seen[0], expect_some=False)
+
+
+@pytest.mark.promise("P1", "P2", "P3")
+def test_who_is_exempt_is_in_clear_and_nobody_else(host: Machine) -> None:
+    """T3: by TCP and by UDP. Bob, bob's group or root; alice never."""
+    echo = ("sh", "-c", f"echo word | socat -t1 - UDP:{topology.WEB}:7")
+    for options, who in (
+        (("--bypass-user", "bob"), "bob"),
+        (("--bypass-group", "bob"), "bob"),
+        (("--allow-root",), "root"),
+    ):
+        done = host.run("ttp", "restart", *START[2:], *options)
+        assert done.returncode == 0, done.stderr
+        assert as_seen(host, "-4", user=who)["IsTor"] is False, options
+        assert host.run(*echo, user=who).stdout == "word\n", options
+        for other in {"alice", "bob", "root"} - {who}:
+            assert as_seen(host, "-4", user=other)["IsTor"] is True, (options, other)
+            assert host.run(*echo, user=other).stdout == "", (options, other)
+
+
+@pytest.mark.promise("P3")
+def test_the_lan_is_reached_directly_unless_it_is_not_to_be(host: Machine) -> None:
+    """And its resolver is asked in no case; loopback works in both (T2)."""
+    lan = (*CURL, "--max-time", "3", f"http://{topology.LAN_WEB}/")
+    for options, reached in (((), True), (("--no-lan-bypass",), False)):
+        assert host.run("ttp", "restart", *START[2:], *options).returncode == 0
+        assert (host.run(*lan, user="alice").returncode == 0) is reached
+        with watched(host) as seen:
+            host.run("dig", "+tries=1", "+time=2", f"@{topology.RESOLVER}", "test", user="alice")
+        assert not to(seen[0], Udp, topology.RESOLVER)
+
+
+@pytest.mark.promise("P3")
+def test_without_ipv6_there_is_none(host: Machine) -> None:
+    """Refused at once, not waited for; IPv4 goes to Tor."""
+    host.run(*START, "--no-ipv6", check=True)
+    assert "error" in as_seen(host, "-6", "--max-time", "5")
+    assert as_seen(host, "-4")["IsTor"] is True
+
+
+def test_other_ports_and_an_interface(host: Machine) -> None:
+    """Where Tor listens is for the administrator to say; the interface is shown."""
+    ports = ("--transport-port", "19041", "--dns-port", "19054")
+    host.run(*START, *ports, "--interface", "lo", check=True)
+    assert as_seen(host, "-4")["IsTor"] is True
+    listening = host.run("ss", "-Hltn", "sport", "=", "19041").stdout
+    assert "127.0.0.1:19041" in listening
+    assert "interface  lo\n" in host.run("ttp", "status").stdout

@@ -1,0 +1,205 @@
+"""The whole host's session, on paper: options, bridges, record, plan, and what is to be ended."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+
+from nsrun.errors import MissingError, UsageError
+from nsrun.host import bridges, flows, session
+from nsrun.host.flows import Ends, Flow, Tcp
+from nsrun.host.plan import start_steps, tor_config
+from nsrun.host.session import HostFacts, HostSpec, Session
+from nsrun.host.steps import CloseHost, CutHost, HostStep, OpenHost, StartUnit, TorifyHost
+from nsrun.torrc import render_host
+
+FACTS = HostFacts(
+    tor="/usr/bin/tor",
+    tor_uid=107,
+    tor_gid=113,
+    interface="eth0",
+    ipv6=True,
+    reaches_ipv6=True,
+    automap4="10.192.0.0/10",
+    resolv_conf="/run/systemd/resolve/stub-resolv.conf",
+    resolved=True,
+    made=("/run/tor", session.TOR_RUNTIME),
+)
+SESSION = Session(HostSpec(), FACTS, pid=1, since=1.5)
+PRINT = "0123456789ABCDEF0123456789ABCDEF01234567"
+OBFS4 = f"obfs4 192.0.2.1:443 {PRINT} cert=abc iat-mode=0"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"trans_port": 1023},
+        {"dns_port": 65536},
+        {"trans_port": 9054},
+        {"interface": "eth0\nup"},
+        {"interface": "a/b"},
+        {"bootstrap_timeout": -1.0},
+    ],
+)
+def test_options_are_checked(wrong: dict[str, Any]) -> None:
+    """Before anything is done; a newline could become a line of its own somewhere."""
+    with pytest.raises(UsageError):
+        HostSpec(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("line", "checked"),
+    [
+        (f"Bridge {OBFS4}", OBFS4),
+        ("192.0.2.1:443", "192.0.2.1:443"),
+        (f"bridge [2001:db8::1]:443   {PRINT}", f"[2001:db8::1]:443 {PRINT}"),
+        (
+            "snowflake 192.0.2.3:80 url=https://x.test/",
+            "snowflake 192.0.2.3:80 url=https://x.test/",
+        ),
+    ],
+)
+def test_a_bridge_line_is_taken_as_people_paste_it(line: str, checked: str) -> None:
+    """With or without the word Bridge; what is kept has single spaces."""
+    assert bridges.check([line]) == (checked,)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "192.0.2.1:443\nSocksPort 9050",
+        "192.0.2.1:443\rSocksPort 9050",
+        "",
+        "Bridge",
+        "obfs4",
+        "obfs9 192.0.2.1:443",
+        "192.0.2.1",
+        "192.0.2.1:0",
+        "192.0.2.1:70000",
+        "192.0.2.300:443",
+        "[192.0.2.1]:443",
+        "example.com:443",
+        "192.0.2.1:443 ABC",
+        f"192.0.2.1:443 {PRINT} cert=abc",
+        f"obfs4 192.0.2.1:443 {PRINT} cert",
+    ],
+)
+def test_a_wrong_bridge_line_is_refused(line: str) -> None:
+    """A newline in one would be an option of Tor's; others would fail later, and less clearly."""
+    with pytest.raises(UsageError, match="use a bridge line"):
+        bridges.check([line])
+
+
+def test_bridges_name_their_helpers() -> None:
+    """Each transport is started once; a program that is missing is named, with its package."""
+    lines = (OBFS4, OBFS4.replace("obfs4 ", "meek_lite "), OBFS4, "192.0.2.1:443")
+    text = bridges.options(lines, {"obfs4": "/usr/bin/o", "meek_lite": "/usr/bin/m"})
+    assert text.splitlines()[:4] == [
+        "UseBridges 1",
+        "ClientTransportPlugin obfs4 exec /usr/bin/o",
+        "ClientTransportPlugin meek_lite exec /usr/bin/m",
+        f"Bridge {OBFS4}",
+    ]
+    assert "obfs4proxy" in str(bridges.missing("obfs4").hint)
+    assert isinstance(bridges.missing("snowflake"), MissingError)
+
+
+def test_a_record_comes_back_and_keeps_no_secret() -> None:
+    """From it the same steps are made, to be taken back; bridges are not for everybody to read."""
+    secret = replace(HostSpec(), bridges=(OBFS4,), torrc="Bridge 192.0.2.9:1", bypass_users=("a",))
+    made = replace(SESSION, spec=secret, rules=("chain output",), redirected=True)
+    text = made.as_text()
+    assert "192.0.2" not in text
+    found = session.read(text)
+    assert found == replace(made, spec=replace(secret, bridges=(), torrc=""))
+    undo = [step.undo() for step in start_steps(made, {"obfs4": "/x"})]
+    assert undo == [step.undo() for step in start_steps(found, {})]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"spec": {}}', "null"])
+def test_a_record_that_is_none_is_said_to_be_none(text: str) -> None:
+    """As after a version that kept others."""
+    with pytest.raises(ValueError):
+        session.read(text)
+
+
+@pytest.mark.promise("P4")
+def test_the_first_step_closes_and_its_undo_is_the_last() -> None:
+    """Tor starts behind closed rules, and what was redirected is cut before it is stopped."""
+    steps = start_steps(SESSION, {})
+    assert isinstance(steps[0], CloseHost)
+    kinds = [type(step) for step in steps]
+    assert kinds.index(StartUnit) < kinds.index(TorifyHost)
+    back = [undo for step in reversed(steps) if (undo := step.undo()) is not None]
+    assert isinstance(back[-1], OpenHost)
+    cut = next(i for i, step in enumerate(back) if isinstance(step, CutHost))
+    assert "stop ttp-tor.service" in back[cut + 1].describe()
+
+
+@pytest.mark.parametrize("kind", get_args(HostStep), ids=lambda kind: kind.__name__)
+def test_every_kind_of_step_is_in_the_plan_or_takes_one_back(kind: type) -> None:
+    """And so somebody is killed before it, in tests/machines/test_host.py."""
+    steps = start_steps(SESSION, {})
+    assert any(isinstance(one, kind) or isinstance(one.undo(), kind) for one in steps)
+
+
+def test_the_torrc_listens_on_loopback_only(golden: Any) -> None:
+    """No proxy, no port but the documented ones, and every option is known."""
+    text = render_host(
+        tor_config(replace(SESSION, spec=HostSpec(bridges=(OBFS4,))), {"obfs4": "/o"})
+    )
+    golden("host.torrc", text)
+
+
+def test_the_plan_of_a_host(golden: Any) -> None:
+    """Every step and its undo, in order; the rules have golden files of their own."""
+    steps = start_steps(SESSION, {})
+    back = [undo for step in reversed(steps) if (undo := step.undo()) is not None]
+    lines = ["# start", *(s.describe() for s in steps), "# stop", *(s.describe() for s in back)]
+    rules = re.compile(r"(nft -f - <<'EOF'\n).*?^EOF$", re.DOTALL | re.MULTILINE)
+    golden("host.plan", rules.sub(r"\1…\nEOF", "\n".join(lines)) + "\n")
+
+
+# ---- what is ended at stop ---------------------------------------------------------------------
+
+US, SITE, TOR = map(ipaddress.ip_address, ("192.168.77.10", "93.184.216.34", "127.0.0.1"))
+PORTS = (9041, 9054)
+
+
+def flow(sent: Ends, answered: Ends, *, translated: bool) -> Flow:
+    return Flow(6, sent, answered, translated, b"")
+
+
+def tcp(port: int, target: Any = SITE, uid: int = 1000, state: int = 1) -> Tcp:
+    return Tcp((US, port, target, 443), state, uid, b"")
+
+
+REDIRECTED = flow((US, 4000, SITE, 443), (TOR, 9041, US, 4000), translated=True)
+OTHERS = flow((US, 4001, SITE, 443), (SITE, 443, US, 4001), translated=False)
+CLIENT = flow((SITE, 443, US, 22), (US, 22, SITE, 443), translated=False)
+
+
+@pytest.mark.promise("P4", "P9")
+@pytest.mark.parametrize(
+    ("found", "ends"),
+    [
+        (tcp(4000), True),
+        (tcp(4000, state=8), True),  # CLOSE_WAIT: Tor has ended its half
+        (tcp(4000, uid=107), False),
+        (tcp(4001), False),
+        (tcp(4002), True),  # conntrack has forgotten it
+        (tcp(4002, TOR), False),
+        (tcp(4002, state=6), False),
+        (tcp(22), False),
+        (tcp(80), False),
+    ],
+)
+def test_sockets_are_ended_that_were_redirected_or_may_have_been(found: Tcp, ends: bool) -> None:
+    """Not those in clear by right, of Tor, of loopback, or of who connected to a service here."""
+    served = Tcp((ipaddress.ip_address("0.0.0.0"), 80, SITE, 0), flows.LISTEN, 0, b"")
+    known = [REDIRECTED, OTHERS, CLIENT]
+    assert list(flows.doomed(known, [served, found], PORTS, 107)) == [found] * ends
