@@ -33,8 +33,8 @@ def test_others_keep_together_by_file_and_begin_later() -> None:
 
 def run(directory: Path, *options: str) -> str:
     """What pytest says of the tests in a directory, by our rules, on a host of their own."""
-    apart = ("unshare", "--user", "--map-root-user", "--net")
-    rules = ("-p", "conftest", "--rootdir", str(directory))
+    apart = ("unshare", "--user", "--map-current-user", "--keep-caps", "--net")
+    rules = ("-p", "conftest", "--rootdir", str(directory), "--basetemp", f"{directory}.tmp")
     done = subprocess.run(
         [*apart, sys.executable, "-Bm", "pytest", *rules, *options, str(directory)],
         capture_output=True,
