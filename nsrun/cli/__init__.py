@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -57,12 +58,10 @@ def root() -> typer.Typer:
 
 
 def _app(verb: str) -> typer.Typer:
-    """With all commands; but the start of a container need not take 40 ms more for the others."""
-    if verb == "docker":
-        from nsrun.cli import docker
-
+    """With all commands; but what is started often need not take 40 ms more for the others."""
+    if verb in ("docker", "lab"):
         app = root()
-        app.add_typer(docker.app, name=verb)
+        app.add_typer(import_module(f"nsrun.cli.{verb}").app, name=verb)
         return app
     from nsrun.cli import commands
 

@@ -149,6 +149,17 @@ def test_no_process_of_ours_takes_modules_from_the_working_directory() -> None:
     assert set(starts) == {"-P"}
 
 
+@pytest.mark.parametrize("verb", ["docker", "lab"])
+def test_what_is_started_often_loads_no_other_commands(verb: str) -> None:
+    """It has them all when it is asked for another one."""
+    code = "import sys; from nsrun import cli; cli._app(sys.argv[1]); print(*sys.modules)"
+    for asked, loads_others in ((verb, False), ("ps", True)):
+        command = [sys.executable, "-c", code, asked]
+        loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert f"nsrun.cli.{verb}" in loaded
+        assert ("nsrun.cli.workload" in loaded) is loads_others
+
+
 def test_the_hot_path_stays_light() -> None:
     """What ``ttp run`` imports, without site, loads none of the slow modules."""
     imports = "import nsrun.client, nsrun.enter"
