@@ -303,15 +303,18 @@ def _gateway_end(workload: Workload, *, deaf: bool) -> tuple[Step, ...]:
     )
 
 
-def option_steps(workload: Workload, spec: RunSpec) -> tuple[Step, ...]:
-    """What a workload is given, or denied, that was asked for; before its first process."""
+def option_steps(workload: Workload, spec: RunSpec, *, plugged: bool = False) -> tuple[Step, ...]:
+    """What a workload is given, or denied, that was asked for; before its first process.
+
+    A ``plugged`` one gets no rules, and finds the proxies at the gateway's address.
+    """
     steps: list[Step] = []
     if not spec.ipv6:
         steps.append(SetSysctl("workload", "net.ipv6.conf.all.disable_ipv6", "1"))
     if elements := ruleset.link_options(workload.link, spec.isolate, spec.socks):
         add, remove = ruleset.add_elements(elements), ruleset.remove_elements(elements)
         steps.append(SetElements("gateway", add, remove))
-    if spec.socks:  # by the link, as with resolvers on loopback
+    if spec.socks and not plugged:  # by the link, as with resolvers on loopback
         ports = (ruleset.SOCKS_AT, ruleset.HTTP_AT)
         to = "to 127.0.0.1/32 ipproto tcp dport"
         rules = tuple(f"rule add pref 0 {to} {port} lookup 53" for port in ports)

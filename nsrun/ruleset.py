@@ -24,8 +24,9 @@ DNS_PORT, DNS_PORT_BY_DESTINATION = 9053, 9054
 SOCKS_PORT, SOCKS_PORT_BY_DESTINATION = 9060, 9061
 HTTP_PORT, HTTP_PORT_BY_DESTINATION = 9080, 9081
 
-# Where a workload that asked for them finds Tor's proxies: at 127.0.0.1, on the ports that
-# programs have as their default (tor's own for SOCKS, Privoxy's for HTTP).
+# Where a workload that asked for them finds Tor's proxies: at 127.0.0.1, or if it is a container,
+# whose loopback is its own, at the gateway's address; on the ports that programs have as their
+# default (tor's own for SOCKS, Privoxy's for HTTP).
 SOCKS_AT, HTTP_AT = 9050, 8118
 
 # Reserved and private destinations (IANA special-purpose registries, RFC 6890). Tor would refuse
@@ -200,12 +201,13 @@ def outline(text: str) -> tuple[str, ...]:
 
 def _redirects(policy: Policy, at: FromInterface) -> Iterator[str]:
     """DNS before anything, whatever its address: a resolver on the LAN is a resolver. Then .onion,
-    whose virtual addresses are private ones, and proxies, which are looked for on loopback; then
-    private addresses fall through to be refused."""
+    whose virtual addresses are private ones, and proxies, which are looked for on loopback, or at
+    the gateway; then private addresses fall through to be refused."""
     port = "iifname . tcp dport map @proxies"
     yield rule(
         "P5 Tor's proxies, for links that asked for them",
-        f"{at.caught}ip daddr 127.0.0.1 meta l4proto tcp dnat ip to {policy.gateway}:{port}",
+        f"{at.caught}ip daddr {{ 127.0.0.1, {policy.gateway} }} meta l4proto tcp "
+        f"dnat ip to {policy.gateway}:{port}",
     )
     families = (
         ("ipv4", "ip", policy.dns4, policy.trans4, policy.automap4, PRIVATE4),

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nsrun import client
 from nsrun.cli import driver, output, settings
 from nsrun.cli.run import Gateway, Isolate, Name, NoIpv6, Timeout
-from nsrun.errors import AbsentError, UsageError
+from nsrun.errors import AbsentError, NsrunError, UsageError
+from nsrun.ruleset import HTTP_AT, SOCKS_AT
 from nsrun.spec import NAME, RunSpec
 
 if TYPE_CHECKING:
@@ -22,6 +24,24 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Containers behind Tor, by the docker that is there.")
 app.add_typer(driver.app, name="driver")
+
+Socks = Annotated[
+    bool,
+    typer.Option(
+        "--socks",
+        help=f"Tor's SOCKS proxy at the gateway's address, port {SOCKS_AT}, and in ALL_PROXY; "
+        f"HTTP CONNECT at port {HTTP_AT}.",
+    ),
+]
+Pcap = Annotated[
+    str | None,
+    typer.Option(
+        "--pcap",
+        metavar="FILE",
+        show_default=False,
+        help="Record what the container sends and receives, for tcpdump and wireshark.",
+    ),
+]
 
 PULL = "outside of Tor, docker pull {}; or ttp docker run -- --pull missing …"
 
@@ -37,6 +57,8 @@ def run(
     no_ipv6: NoIpv6 = False,
     bootstrap_timeout: Timeout = 180.0,
     isolate: Isolate = "workload",
+    socks: Socks = False,
+    pcap: Pcap = None,
 ) -> None:
     """Run a container behind Tor, as `docker run` does, whose options stand after `--`.
 
@@ -54,19 +76,29 @@ def run(
         name or _name(wanted),
         ipv6=not no_ipv6,
         isolate=isolate,
+        socks=socks,
+        pcap=pcap or "",
         bootstrap_timeout=bootstrap_timeout,
     )
     _check(engine, wanted)
+    outside = os.getpid()
+    files = _recorded(pcap) if pcap else {}  # from here on we are a child
     with ExitStack() as undo:
-        holder = _hold(engine, wanted, spec, undo)
+        resolver = _ready(spec)
+        holder = _hold(engine, wanted, spec, resolver, files, undo)
         command = engine.command(
             *("run", "--network", f"{holders.JOINS}{holder}", "--cap-drop", "NET_RAW"),
             *("--security-opt", "no-new-privileges"),  # the last one counts: it can be lifted
             *("--label", f"{holders.WORKLOAD}={spec.name}", "--pull", wanted.pull or "never"),
+            *(_proxies(resolver) if socks else ()),
             *(*wanted.kept, "--", wanted.image, *wanted.command),
         )
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # ignored by Python; inherited through exec
             signal.signal(number, signal.SIG_DFL)
+        if files:
+            from nsrun import parent
+
+            parent.die_with(outside)
         os.execv(command[0], command)
 
 
@@ -93,6 +125,7 @@ def attach_network(
     no_ipv6: NoIpv6 = False,
     bootstrap_timeout: Timeout = 180.0,
     isolate: Isolate = "workload",
+    socks: Socks = False,
 ) -> None:
     """Put a running container behind Tor: one on the network none, or whose gateway has gone.
 
@@ -118,6 +151,7 @@ def attach_network(
         chosen,
         ipv6=not no_ipv6,
         isolate=isolate,
+        socks=socks,
         bootstrap_timeout=bootstrap_timeout,
     )
     plugging.plug(
@@ -168,11 +202,34 @@ def _check(engine: Engine, wanted: Wanted) -> None:
         raise UsageError(doing, cause, PULL.format(wanted.image))
 
 
-def _hold(engine: Engine, wanted: Wanted, spec: RunSpec, undo: ExitStack) -> str:
+def _recorded(path: str) -> dict[str, int]:
+    """Go on in a child, whose parent waits for the end of the recording; descriptors for that."""
+    from nsrun import parent
+
+    try:
+        return parent.record(path, -1)
+    except client.RefusedError as error:
+        raise NsrunError(error.doing, error.cause, error.hint) from None
+
+
+def _proxies(gateway: str) -> list[str]:
+    """Variables that tell programs of Tor's proxy; those of the container's own come after them."""
+    from nsrun.user import PROXY_VARIABLES
+
+    return [f"--env={name}=socks5h://{gateway}:{SOCKS_AT}" for name in PROXY_VARIABLES]
+
+
+def _hold(
+    engine: Engine,
+    wanted: Wanted,
+    spec: RunSpec,
+    resolver: str,
+    files: dict[str, int],
+    undo: ExitStack,
+) -> str:
     """A holder whose network is behind Tor; ``undo`` removes it. Raises NsrunError."""
     from nsrun.containers import holders, keeper
 
-    resolver = _ready(spec)
     holder = holders.create(engine, wanted, spec, resolver)
     undo.callback(holders.remove, engine, holder)
     started = holders.start(engine, holder)
@@ -180,7 +237,7 @@ def _hold(engine: Engine, wanted: Wanted, spec: RunSpec, undo: ExitStack) -> str
     from nsrun.containers import plugging  # takes 15 ms
 
     started()
-    plugging.plug(engine, holder, spec, resolver, pinned=True)
+    plugging.plug(engine, holder, spec, resolver, pinned=True, files=files)
     return holder
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # who only sweeps needs neither
     from nsrun.spec import RunSpec
 
 GATEWAY, WORKLOAD, CREATOR = "ttp.gateway", "ttp.workload", "ttp.creator"  # labels
-ISOLATE, IPV6 = "ttp.isolate", "ttp.ipv6"  # what the workload was given
+ISOLATE, IPV6, SOCKS = "ttp.isolate", "ttp.ipv6", "ttp.socks"  # what the workload was given
 JOINS = "container:"
 
 
@@ -72,6 +72,7 @@ def create(engine: Engine, wanted: Wanted, spec: RunSpec, resolver: str) -> str:
             CREATOR: started(str(os.getpid())),
             ISOLATE: spec.isolate,
             IPV6: str(int(spec.ipv6)),
+            SOCKS: str(int(spec.socks)),
         },
         "HostConfig": {
             "NetworkMode": "none",

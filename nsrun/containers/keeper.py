@@ -88,6 +88,7 @@ def revive(engine: Engine) -> None:
                 holder.workload,
                 ipv6=labels[holders.IPV6] == "1",
                 isolate=labels[holders.ISOLATE],
+                socks=labels[holders.SOCKS] == "1",
             )
             resolver = control.resolver(holder.gateway, spec.bootstrap_timeout)
             with engine.doing("start again"):

@@ -10,14 +10,23 @@ from nsrun.gateway import control
 from nsrun.spec import Plug, RunSpec
 
 
-def plug(engine: Engine, container: str, spec: RunSpec, resolver: str, *, pinned: bool) -> None:
+def plug(
+    engine: Engine,
+    container: str,
+    spec: RunSpec,
+    resolver: str,
+    *,
+    pinned: bool,
+    files: dict[str, int] | None = None,
+) -> None:
     """Put a running container behind Tor. Raises NsrunError, and then it is as before.
 
-    ``pinned`` says that it was made with the gateway, at ``resolver``, as its only resolver.
+    ``pinned`` says that it was made with the gateway, at ``resolver``, as its only resolver;
+    ``files`` are descriptors for a recording, if ``spec`` asks for one.
     """
     network, pid = engine.network(container)
     try:
-        told = control.plug(network, spec, Plug(), pid)
+        told = control.plug(network, spec, Plug(), pid, files)
         try:
             inside.verify(network, pid, told["address"], resolver, ipv6=spec.ipv6, pinned=pinned)
         except BaseException:

@@ -143,7 +143,9 @@ def ask(
     return answer
 
 
-def plug(network: int, spec: RunSpec, at: Plug, pid: int = 0) -> dict[str, Any]:
+def plug(
+    network: int, spec: RunSpec, at: Plug, pid: int = 0, files: dict[str, int] | None = None
+) -> dict[str, Any]:
     """Have a link plugged into the network namespace of descriptor ``network``: Workloads.plug().
 
     Waits until Tor is ready. Returns the workload, as ``ttp ps --json`` has it. Raises as ``ask``.
@@ -155,12 +157,14 @@ def plug(network: int, spec: RunSpec, at: Plug, pid: int = 0) -> dict[str, Any]:
         "command": spec.command,
         "isolate": spec.isolate,
         "ipv6": spec.ipv6,
+        "socks": spec.socks,
+        "pcap": spec.pcap or "",
         "link": at.link,
         "address": at.address,
         "pid": pid,
         "timeout": spec.bootstrap_timeout,
     }
-    return ask(spec.gateway, request, files={"network": network})
+    return ask(spec.gateway, request, files={"network": network, **(files or {})})
 
 
 def unplug(gateway: str, name: str) -> None:

@@ -24,6 +24,8 @@ def wanted(request: dict[str, Any], gateway: str) -> tuple[RunSpec, Plug, int]:
             "command": [str(), *_] as command,
             "isolate": "workload" | "destination" | "connection" as isolate,
             "ipv6": bool() as ipv6,
+            "socks": bool() as socks,
+            "pcap": str() as pcap,
             "link": str() as link,
             "address": str() as address,
             "pid": int() as pid,
@@ -40,6 +42,13 @@ def wanted(request: dict[str, Any], gateway: str) -> tuple[RunSpec, Plug, int]:
         name or None,
         ipv6=ipv6,
         isolate=isolate,
+        socks=socks,
+        pcap=pcap,
         bootstrap_timeout=check_seconds("the timeout", float(timeout)),
     )
     return spec, Plug(link, address), pid
+
+
+def descriptors(spec: RunSpec) -> list[str]:
+    """The names of those that come along with a request, in their order."""
+    return ["network", *(["pcap", "report"] if spec.pcap else [])]

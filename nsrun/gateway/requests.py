@@ -128,10 +128,14 @@ class Requests:
         """Plug a link into the namespace of the descriptor that came along. Raises NsrunError."""
         gateway = self._gateway
         spec, plug, pid = plugs.wanted(request, gateway.spec.name)
-        if len(client.descriptors) != 1:
-            raise UsageError(plugs.DOING, "there is not one descriptor of its network")
+        names = request.get("descriptors")
+        if names != plugs.descriptors(spec) or len(client.descriptors) != len(names):
+            cause = "the descriptors of its network, or of a recording, are missing"
+            raise UsageError(plugs.DOING, cause)
+        network, *others = client.descriptors
+        files = dict(zip(names[1:], others, strict=True))
         await self._bootstrapped(client, spec.bootstrap_timeout)
-        live = await gateway.workloads.plug(spec, plug, client.descriptors[0], pid)
+        live = await gateway.workloads.plug(spec, plug, network, pid, files)
         log.info("workload %s: a container, %s", live.name, visible(" ".join(spec.command)))
         gateway.notify()
         return live

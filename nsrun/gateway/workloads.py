@@ -148,12 +148,14 @@ class Workloads:
         (await self._begin(live, spec, name, pid, guest, NOTHING)).close()
         return live
 
-    async def plug(self, spec: RunSpec, plug: Plug, fd: int, pid: int) -> Live:
+    async def plug(
+        self, spec: RunSpec, plug: Plug, fd: int, pid: int, files: Mapping[str, int] = NOTHING
+    ) -> Live:
         """Plug a link into the network namespace of descriptor ``fd``, which is not ours.
 
         The workload ends with that namespace, or by ``unplug``. ``pid`` is its main process, 0 if
-        there is none yet. Raises NsrunError when the namespace has links, or the name or the
-        address is taken.
+        there is none yet; ``files`` are as for ``give``. Raises NsrunError when the namespace has
+        links, or the name or the address is taken.
         """
         self._name(spec, None)  # before anything is done; and once more, as others may be quicker
         if plug.address:
@@ -165,7 +167,7 @@ class Workloads:
         except NsrunError:
             live.undo.close()
             raise
-        (await self._begin(live, spec, name, pid, None, NOTHING)).close()
+        (await self._begin(live, spec, name, pid, None, files)).close()
         if plug.address and spec.isolate != "connection":
             try:
                 self._renew(live)
@@ -235,7 +237,7 @@ class Workloads:
         live.name, live.pid, live.guest = name, pid, guest
         live.command, live.since = spec.command, time.time()
         self.live[live.workload.link] = live  # now: nobody else may take the name
-        if steps := option_steps(live.workload, spec):
+        if steps := option_steps(live.workload, spec, plugged=live.plugged):
             try:
                 await asyncio.to_thread(self._add, live, steps, files)
             except NsrunError:

@@ -9,12 +9,15 @@ import re
 import select
 import signal
 import subprocess
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from docker_host import IMAGE, Dockerd, keepers
 from lab_helpers import PLAIN_ORACLE, TTP
 from nsrun.containers.options import FLAGS, SHORT, VALUES
+from nsrun.leak import pcap
 from town import eventually
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
@@ -23,6 +26,12 @@ pytestmark = [pytest.mark.root, pytest.mark.lab]
 def is_tor(engine: Dockerd, text: str) -> bool:
     found = json.loads(text)
     return bool(found["IsTor"]) and found["IP"] in engine.lab.exits()
+
+
+def has(file: Path, what: bytes) -> bool:
+    """Whether a capture that is whole has these bytes in a packet."""
+    seen, flaw = pcap.load(file.read_bytes())
+    return not flaw and what in file.read_bytes() and bool(seen)
 
 
 def asks_oracle(engine: Dockerd, *options: str) -> subprocess.CompletedProcess[str]:
@@ -37,6 +46,47 @@ def test_a_container_comes_from_an_exit(engine: Dockerd) -> None:
     assert is_tor(engine, done.stdout)
     bare = engine.docker("run", "--rm", IMAGE, "curl", "-sS", PLAIN_ORACLE)  # control
     assert json.loads(bare.stdout)["IsTor"] is False
+
+
+@pytest.mark.promise("P1", "P5")
+def test_proxies_are_there_for_who_asked(engine: Dockerd) -> None:
+    """At the gateway's address, and in ALL_PROXY, which the container's own options overrule."""
+    gateway = str(engine.lab.gateway()["address"][0])  # type: ignore[index]
+    curl = f"curl -sS -w ' %{{remote_ip}}\\n' {PLAIN_ORACLE}"
+    by_http = f"{curl} --proxytunnel --proxy http://{gateway}:8118"
+    script = f"{curl}; {by_http}; ALL_PROXY= all_proxy= {curl}"
+    done = engine.run("--rm", IMAGE, "sh", "-c", script, options=("--socks",))
+    assert done.returncode == 0, done.stderr
+    answers, reached = zip(*(line.rsplit(" ", 1) for line in done.stdout.splitlines()), strict=True)
+    assert all(is_tor(engine, answer) for answer in answers)
+    assert [address == gateway for address in reached] == [True, True, False]
+    none = engine.run(
+        "--rm", IMAGE, "curl", "-sS", "--proxy", f"socks5h://{gateway}:9050", "a.test"
+    )
+    assert "Failed to connect" in none.stderr
+    own = engine.run("--rm", "-e", "ALL_PROXY=", IMAGE, "env", options=("--socks",))
+    assert f"all_proxy=socks5h://{gateway}:9050" in own.stdout.splitlines()
+    assert "ALL_PROXY=" in own.stdout.splitlines()
+
+
+@pytest.mark.promise("P12")
+def test_what_a_container_sends_is_recorded(engine: Dockerd) -> None:
+    """From ttp's own lookup on; whole when ttp has ended, with -d when the container has."""
+    for name, options in (("whole", ("--rm",)), ("detached", ("-d", "--name", "recorded"))):
+        file = engine.directory / f"{name}.pcap"
+        command = ("curl", "-sS", "-o", "/dev/null", f"http://11.200.0.80/?{name}")
+        done = engine.run(*options, IMAGE, *command, options=("--pcap", str(file)))
+        assert (done.returncode, done.stderr) == (0, "")
+        if "-d" in options:
+            engine.docker("wait", "recorded")
+            engine.clear()
+            eventually(partial(has, file, b"HTTP/1.1 404"), "the last packets to be written", 5)
+        assert has(file, f"GET /?{name} HTTP/1.1".encode())
+        assert has(file, b"HTTP/1.1 404")
+        assert has(file, b"\5onion\0")
+    again = engine.run("--rm", IMAGE, "true", options=("--pcap", str(file)))
+    assert again.returncode == 125
+    assert "there is a file that is not empty" in again.stderr
 
 
 @pytest.mark.promise("P8")
