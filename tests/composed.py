@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +19,41 @@ from nsrun.leak.verdict import Value, as_text, judge
 # that of Debian 12 (v1) if it is there: it knows no `up --wait`
 V1 = subprocess.run(("sh", "-c", "command -v docker-compose"), capture_output=True).returncode == 0
 COMPOSE = "docker-compose" if V1 else "docker compose"
-UP = ("up -d",)
 
 
 @dataclass
 class Example:
-    """One that is up: ``compose`` for it, and what became of its services."""
+    """One that is up, or will be: its directory in compose/, and one that it is based on."""
 
     engine: Dockerd
     name: str
+    variables: dict[str, str]
+    base: str = ""
+    command: str = COMPOSE
 
     @property
     def project(self) -> str:
         return f"ttp-{self.name}"
+
+    @property
+    def files(self) -> list[str]:
+        names = (self.base, self.name) if self.base else (self.name,)
+        return [str(ROOT / "compose" / name / "docker-compose.yml") for name in names]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**self.engine.environment, **self.variables}
+
+    def compose(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        """A command of compose's, to its end."""
+        words = [*self.command.split(), *(word for file in self.files for word in ("-f", file))]
+        return subprocess.run(
+            [*words, "-p", self.project, *argv],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            env=self.environment,
+        )
 
     def container(self, service: str) -> str:
         """The id of the container of a service, by labels of either version of compose."""
@@ -50,9 +72,27 @@ class Example:
     def pid(self, service: str) -> int:
         return int(self.engine.inspect(self.container(service))["State"]["Pid"])
 
-    def compose(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        words = (*COMPOSE.split(), "-f", str(file(self.name)), "-p", self.project, *argv)
-        return self.engine.do(*words)
+    def left(self) -> list[str]:
+        """Ids of its containers, networks and volumes."""
+        label = f"--filter=label=com.docker.compose.project={self.project}"
+        kinds = (("ps", "--all"), ("network", "ls"), ("volume", "ls"))
+        found = [self.engine.docker(*kind, "--quiet", label).stdout for kind in kinds]
+        return "".join(found).split()
+
+
+@contextmanager
+def example(made: Example, up: str = "up -d") -> Iterator[Example]:
+    """It is up; at the end it is down, and nothing is left of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in made.environment.items():
+            patch.setenv(key, value)
+        with (
+            ExitStack() as ended,
+            get_docker_services(made.command, made.files, made.project, [up], ["down -v -t 0"]),
+        ):
+            yield made
+            ended.enter_context(relays_forget(made))
+    assert made.left() == []
 
 
 @contextmanager
@@ -74,30 +114,12 @@ def relays_forget(made: Example) -> Iterator[None]:
         made.engine.lab.do(*made.engine.lab.inside_argv("inet", "ss", "-K", *where))
 
 
-def file(name: str) -> Path:
-    return ROOT / "compose" / name / "docker-compose.yml"
-
-
-@contextmanager
-def example(
-    name: str, engine: Dockerd, variables: dict[str, str], commands: Sequence[str] = UP
-) -> Iterator[Example]:
-    """It is up; at the end it is down, and nothing is left of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {**engine.environment, **variables}.items():
-            patch.setenv(key, value)
-        made = Example(engine, name)
-        down = ["down -v -t 0"]
-        with (
-            ExitStack() as ended,
-            get_docker_services(COMPOSE, str(file(name)), made.project, list(commands), down),
-        ):
-            yield made
-            ended.enter_context(relays_forget(made))
-    left = f"--filter=label=com.docker.compose.project={made.project}"
-    for kind in ("container", "network", "volume"):
-        every = ("--all",) if kind == "container" else ()
-        assert engine.docker(kind, "ls", "--quiet", *every, left).stdout == ""
+def client(engine: Dockerd) -> Path:
+    """A directory with what the Tor of a lab's client must know."""
+    directory = engine.directory / "torrc.d"
+    directory.mkdir(exist_ok=True)
+    (directory / "lab.conf").write_text(str(engine.lab.status()["client_torrc"]))
+    return directory
 
 
 def images(engine: Dockerd) -> None:

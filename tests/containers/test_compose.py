@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from composed import example
+from composed import Example, example
 from docker_host import IMAGE
 from driver_host import Host, by_tor
 from lab_helpers import PLAIN_ORACLE
@@ -25,7 +25,7 @@ def test_apps(docker: Host) -> None:
     with (
         lab.tap("router", f"gw-{lab.name}") as uplink,
         lab.tap("router", "p-host") as host,
-        example("apps", docker.dockerd, variables) as apps,
+        example(Example(docker.dockerd, "apps", variables)) as apps,
     ):
         for service in ("first", "second"):
             eventually(partial(apps.printed, service), "an answer", 20)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from composed import Example, example, host_is_silent, images, relays_forget
+from composed import Example, client, example, host_is_silent, images, relays_forget
 from docker_host import IMAGE, Dockerd
 from driver_host import Host, loopback_resolver
 from harness import ROOT
@@ -54,20 +54,11 @@ while True:
 
 
 @pytest.fixture(scope="module")
-def torrc(daemon: Dockerd) -> Path:
-    """A directory with what the Tor of a lab's client must know."""
-    directory = daemon.directory / "torrc.d"
-    directory.mkdir()
-    (directory / "lab.conf").write_text(str(daemon.lab.status()["client_torrc"]))
-    return directory
-
-
-@pytest.fixture(scope="module")
-def gateway(daemon: Dockerd, torrc: Path) -> Iterator[Example]:
+def gateway(daemon: Dockerd) -> Iterator[Example]:
     """The example is up, with the package in its app."""
     images(daemon)
-    variables = {"IMAGE": IMAGE, "URL": PLAIN_ORACLE, "TORRC_D": str(torrc)}
-    with example("gateway", daemon, variables) as made:
+    variables = {"IMAGE": IMAGE, "URL": PLAIN_ORACLE, "TORRC_D": str(client(daemon))}
+    with example(Example(daemon, "gateway", variables)) as made:
         yield made
 
 
