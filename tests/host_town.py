@@ -21,14 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from nsrun.host import export_iptables, rules
+from nsrun.host import export_firehol, export_iptables, rules
 from nsrun.host.policy import DNS_PORT, TRANS_PORT, HostPolicy
 from nsrun.leak.frames import decode
 from nsrun.netns import Namespace
 from nsrun.plan import LINK_MAC
 from town import ETH_P_ALL, Actor, TorStandIn
 
-Form = Literal["nft", "iptables-legacy", "iptables-nft"]
+Form = Literal["nft", "iptables-legacy", "iptables-nft", "firehol"]
 FORMS: tuple[Form, ...] = ("nft", "iptables-legacy", "iptables-nft")
 
 TOR, ALICE, BOB = 54107, 54001, 54002
@@ -92,6 +92,8 @@ class HostTown:
             # which looks for control groups below /sys/fs/cgroup, whatever is mounted there
             mount = f"mount --bind {CGROUPS} /sys/fs/cgroup && exec nft -f -"
             self._tell(("unshare", "--mount", "sh", "-c", mount), rules.render(policy))
+        elif self.form == "firehol":
+            self._start_firehol(policy)
         else:
             self._tell(("sh",), export_iptables.script(policy))
 
@@ -104,6 +106,22 @@ class HostTown:
         for command in ("iptables-legacy", "ip6tables-legacy"):
             for table in ("filter", "nat"):
                 self._tell((command, "-t", table, "-F"))
+            for chain in ("INPUT", "FORWARD", "OUTPUT"):
+                self._tell((command, "-P", chain, "ACCEPT"))
+
+    def _start_firehol(self, policy: HostPolicy) -> None:
+        """With directories of its own, where it keeps what was there before."""
+        configuration, defaults = (self.lock.with_name(name) for name in ("fire.conf", "default"))
+        configuration.write_text(export_firehol.configuration(policy))
+        defaults.write_text("START_FIREHOL=YES\n")
+        steps = (
+            f"mount --bind {defaults} /etc/default/firehol",
+            "mount -t tmpfs tmpfs /run",
+            "mount -t tmpfs tmpfs /var/spool",
+            "mkdir /run/lock /var/spool/firehol",
+            f"firehol {configuration} start >/run/said 2>&1 || {{ cat /run/said >&2; exit 1; }}",
+        )
+        self._tell(("unshare", "--mount", "sh", "-c", " && ".join(steps)))
 
     def _tell(self, command: tuple[str, ...], text: str = "") -> None:
         environment = os.environ | {
@@ -127,6 +145,7 @@ class HostTown:
         frames: list[str] = []
         with self.world.open(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as tap:
             tap.bind(("eth0", ETH_P_ALL))
+            tap.settimeout(10)
             yield frames
             marker = b"\2" * 12 + b"\x88\xb5" + os.urandom(16)
             self.root.raw(marker)
@@ -177,9 +196,11 @@ def host_town(form: Form, directory: Path) -> Iterator[HostTown]:
             f"address add {HOST_LAN4}/24 dev eth0",
             f"address add {HOST6}/64 dev eth0 nodad",
             f"address add {HOST_LAN6}/64 dev eth0 nodad",
-            "link set eth1 up",
+            "link set eth1 addrgenmode none up",
+            "address add fe80::1/64 dev eth1 nodad",
             f"address add {TO_GUEST4}/24 dev eth1",
             f"address add {TO_GUEST6}/64 dev eth1 nodad",
+            "address add fd05::1/64 dev eth1 nodad",
             "route add default via 203.0.113.1",
             "route add default via 2001:db8:7::1",
         )
@@ -187,9 +208,11 @@ def host_town(form: Form, directory: Path) -> Iterator[HostTown]:
             host.call(Path(f"/proc/sys/net/{switch}").write_text, "1")
         _ip(
             guest,
-            "link set eth0 up",
+            "link set eth0 addrgenmode none up",
+            "address add fe80::2/64 dev eth0 nodad",
             f"address add {GUEST4}/24 dev eth0",
             f"address add {GUEST6}/64 dev eth0 nodad",
+            "address add fd05::2/64 dev eth0 nodad",
             f"route add default via {TO_GUEST4}",
             f"route add default via {TO_GUEST6}",
         )
@@ -204,6 +227,7 @@ def host_town(form: Form, directory: Path) -> Iterator[HostTown]:
             *(f"route add {one} dev eth0" for one in (HOST4, HOST_LAN4, HOST6, HOST_LAN6)),
             f"route add 10.5.0.0/24 via {HOST4} dev eth0 onlink",
             f"route add 2001:db8:5::/64 via {HOST6} dev eth0 onlink",
+            f"route add fd05::/64 via {HOST6} dev eth0 onlink",
         )
         town = HostTown(
             root=User("root", host),
@@ -215,7 +239,7 @@ def host_town(form: Form, directory: Path) -> Iterator[HostTown]:
             form=form,
             lock=directory / "lock",
         )
-        at = ("127.0.0.1", "::1", TO_GUEST4, TO_GUEST6)
+        at = ("127.0.0.1", "::1", TO_GUEST4, TO_GUEST6, "fd05::1")
         tor = TorStandIn(host, town.heard, [], at, LISTENERS)
         stack.callback(tor.stop)
         stack.callback(_serve(world, town.met))

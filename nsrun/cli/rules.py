@@ -7,17 +7,18 @@ from typing import Annotated, Literal
 import typer
 
 from nsrun.errors import UsageError
-from nsrun.host import export_iptables, export_torrc, people
+from nsrun.host import export_firehol, export_iptables, export_pf, export_torrc, people
 from nsrun.host import rules as host_rules
 from nsrun.host.policy import DNS_PORT, TRANS_PORT, HostPolicy, Own
 
 DOING = "print rules"
-Format = Literal["nft", "iptables"]
+Format = Literal["nft", "iptables", "firehol", "pf", "pf-rdr"]
 
 
 def rules(
     form: Annotated[
-        Format, typer.Option("--format", help="Which packet filter they are for.")
+        Format,
+        typer.Option("--format", help="For which filter; pf-rdr: pf before OpenBSD 4.7, FreeBSD."),
     ] = "nft",
     only_user: Annotated[
         list[str] | None,
@@ -82,10 +83,16 @@ def rules(
         services=tuple(dict.fromkeys(service)),
         gateway_for=tuple(gateway_for or ()),
     )
-    if form == "nft":
-        print(export_torrc.heading(policy) + host_rules.render(policy), end="")
-    else:
-        print(export_iptables.script(policy), end="")
+    match form:
+        case "nft":
+            text = export_torrc.heading(policy) + host_rules.render(policy)
+        case "iptables":
+            text = export_iptables.script(policy)
+        case "firehol":
+            text = export_firehol.configuration(policy)
+        case "pf" | "pf-rdr":
+            text = export_pf.rules(policy, rdr=form == "pf-rdr")
+    print(text, end="")
 
 
 def _own(only_user: list[str] | None, *, onion_only: bool, gateway_only: bool) -> Own:

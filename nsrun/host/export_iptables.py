@@ -16,7 +16,7 @@ from nsrun.host.policy import HostPolicy
 from nsrun.host.rule import Chain, Rule
 from nsrun.host.rules import chains
 
-_PREFIX = "TTP_"
+PREFIX = "TTP_"
 _REFUSED = {4: "icmp-admin-prohibited", 6: "icmp6-adm-prohibited"}
 _HEAD = """# Load these rules: sh FILE. IPTABLES=iptables-legacy or =iptables-nft sets the backend.
 # Loading them again replaces them. Another tool that puts its own rules in front of them later,
@@ -45,25 +45,28 @@ def script(policy: HostPolicy) -> str:
             if not mine:
                 continue
             parts.append(f"\n{command}-restore --noflush <<'END'\n*{kind}\n")
-            parts += [f":{_PREFIX}{chain.name} - [0:0]\n" for chain in mine]
+            parts += [f":{PREFIX}{chain.name} - [0:0]\n" for chain in mine]
             for chain in mine:
-                parts += [f"-A {_PREFIX}{chain.name} {line}\n" for line in _lines(chain, version)]
+                parts += [
+                    f'-A {PREFIX}{chain.name} {words} -m comment --comment "{why}" {target}\n'
+                    for words, why, target in lines(chain, version)
+                ]
             parts.append("COMMIT\nEND\n")
             parts += [
-                f"hook {command} -t {kind} -C {chain.hook.upper()} -j {_PREFIX}{chain.name}\n"
+                f"hook {command} -t {kind} -C {chain.hook.upper()} -j {PREFIX}{chain.name}\n"
                 for chain in mine
             ]
     return "".join(parts)
 
 
-def _lines(chain: Chain, version: int) -> Iterator[str]:
+def lines(chain: Chain, version: int) -> Iterator[tuple[str, str, str]]:
+    """Of each rule for IP ``version``: what fits, why, and what is done; ``-A CHAIN`` left out."""
     for rule in chain.rules:
         if rule.version in (None, version):
             for variant in product(*_variants(rule)):
-                words = (*variant, *_words(rule), *_target(rule, version))
-                yield " ".join(words)
+                yield " ".join((*variant, *_words(rule))), rule.why, f"-j {_target(rule, version)}"
     if chain.policy == "drop":
-        yield "-j DROP"
+        yield "", "P4 nothing by accident", "-j DROP"
 
 
 def _variants(rule: Rule) -> Iterator[list[str]]:
@@ -116,19 +119,18 @@ def _words(rule: Rule) -> Iterator[str]:
         yield "! --syn"
 
 
-def _target(rule: Rule, version: int) -> Iterator[str]:
-    yield f'-m comment --comment "{rule.why}"'
+def _target(rule: Rule, version: int) -> str:
     match rule.do:
         case "accept" | "return":
-            yield "-j RETURN"
+            return "RETURN"
         case "drop":
-            yield "-j DROP"
+            return "DROP"
         case "reset":
-            yield "-j REJECT --reject-with tcp-reset"
+            return "REJECT --reject-with tcp-reset"
         case "refuse":
-            yield f"-j REJECT --reject-with {_REFUSED[version]}"
+            return f"REJECT --reject-with {_REFUSED[version]}"
         case port:
-            yield f"-j REDIRECT --to-ports {port}"
+            return f"REDIRECT --to-ports {port}"
 
 
 def _listed(ports: Iterable[int]) -> str:

@@ -8,12 +8,16 @@ from __future__ import annotations
 from nsrun.host.policy import HostPolicy
 
 
-def heading(policy: HostPolicy) -> str:
-    """Comment lines to stand above the rules, in any of their forms."""
-    hosts = [] if policy.own == "none" else ["127.0.0.1"]
-    if policy.own != "none" and policy.ipv6:
-        hosts.append("[::1]")
-    hosts += [f"ADDRESS-OF-{name}" for name in policy.gateway_for]
+def heading(policy: HostPolicy, *, redirecting_to_loopback: bool = False) -> str:
+    """Comment lines to stand above the rules, in any of their forms.
+
+    ``redirecting_to_loopback`` is how pf does it; on Linux what others send stays on its interface.
+    """
+    hosts = []
+    if policy.own != "none" or redirecting_to_loopback:
+        hosts += ["127.0.0.1", "[::1]"] if policy.ipv6 else ["127.0.0.1"]
+    if not redirecting_to_loopback:
+        hosts += [f"ADDRESS-OF-{name}" for name in policy.gateway_for]
     torrc = [
         f"VirtualAddrNetworkIPv4 {policy.automap4}",
         f"VirtualAddrNetworkIPv6 {_bracketed(policy.automap6)}",

@@ -13,7 +13,7 @@ import pytest
 
 from nsrun import ruleset, torrc
 from nsrun.address import BLOCKS
-from nsrun.host import export_iptables, rules
+from nsrun.host import export_firehol, export_iptables, export_pf, rules
 from nsrun.host.policy import HostPolicy
 from nsrun.plan import Facts, make_plan
 from nsrun.ruleset import FromInterface
@@ -54,6 +54,11 @@ RULESETS = {
 EXPORTS = {
     "host.iptables": export_iptables.script(HOST),
     "host-both.iptables": export_iptables.script(replace(MIDDLEBOX, own="all")),
+    "host.firehol": export_firehol.configuration(HOST),
+    "host.pf": export_pf.rules(HOST, rdr=False),
+    "host.pf-rdr": export_pf.rules(HOST, rdr=True),
+    "host-both.pf": export_pf.rules(replace(HOST, gateway_for=("fxp0",)), rdr=False),
+    "host-both.pf-rdr": export_pf.rules(replace(HOST, gateway_for=("fxp0",)), rdr=True),
 }
 
 FACTS = Facts(

@@ -29,6 +29,7 @@ from host_town import (
     GUEST4,
     HOST4,
     HOST6,
+    HOST_LAN4,
     LAN4,
     LAN6,
     TO_GUEST4,
@@ -133,6 +134,19 @@ def test_onion_addresses_go_to_tor_although_they_are_in_a_range_of_the_lan(town:
             refused(partial(udp, town.alice, onion))
     assert not frames
     town.contained(*(partial(udp, town.alice, onion) for onion in (ONION4, ONION6)))
+
+
+def test_services_of_this_machine_are_reached_from_it(town: HostTown) -> None:
+    """At whatever address of its own: these are reached by loopback."""
+    town.load(ALL)
+    with town.root.open(socket.AF_INET6, socket.SOCK_STREAM) as service:
+        service.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        service.bind(("::", 8080))
+        service.listen()
+        for host in (HOST4, HOST6, HOST_LAN4, "127.0.0.1", "::1"):
+            town.alice.connect(host, 8080).close()
+            service.accept()[0].close()
+    assert not town.heard
 
 
 @pytest.mark.promise("P2")
@@ -402,10 +416,13 @@ def test_forwarded_packets_are_refused(town: HostTown) -> None:
     """Of containers and virtual machines; between hosts of the LAN they pass, but for DNS."""
     town.load(ALL)
     acts = [partial(act, town.guest, to) for to in (SITE4, SITE6) for act in (tcp, udp, ping)]
-    acts += [partial(udp, town.guest, LAN4, 53), partial(tcp, town.guest, LAN4, 53)]
+    acts += [partial(tcp, town.guest, LAN4, 853)]
+    acts += [partial(act, town.guest, to, 53) for to in (LAN4, LAN6) for act in (tcp, udp)]
+    acts += [partial(act, town.guest, to) for to in (ONION4, ONION6) for act in (tcp, udp)]
     for act in (partial(tcp, town.guest), partial(tcp, town.guest, SITE6)):
         refused(act)
-    assert b"world" in tcp(town.guest, LAN4)
+    for host in (LAN4, LAN6):
+        assert b"world" in tcp(town.guest, host)
     town.contained(*acts)
 
 
@@ -553,22 +570,68 @@ def test_closed_lets_nothing_out_but_answers(nft_town: HostTown) -> None:
 
 
 @pytest.mark.promise("P1", "P2")
-def test_what_other_rules_translate_is_not_taken_for_ours(nft_town: HostTown) -> None:
+@pytest.mark.parametrize("who", ["alice", "guest"])
+def test_what_other_rules_translate_is_not_taken_for_ours(nft_town: HostTown, who: str) -> None:
     """DNS led to another port of the LAN, and TCP led past Tor: both are refused."""
     town = nft_town
+    actor, hook = (town.alice, "output") if who == "alice" else (town.guest, "prerouting")
     town.load(ALL)
     town.nft(
-        "table ip other { chain c { type nat hook output priority -180; "
-        f"udp dport 53 dnat to {LAN4}:5353; tcp dport 80 dnat to {SITE4}:443; }}; }}"
+        f"table ip other {{ chain c {{ type nat hook {hook} priority -180; "
+        f"udp dport 53 dnat to {LAN4}:5353; tcp dport 53 dnat to {LAN4}:80; "
+        f"tcp dport 80 dnat to {SITE4}:443; }}; }}"
     )
-    query = partial(udp, town.alice, "9.9.9.9", 53)
+    acts: list[Callable[[], object]]
+    acts = [partial(udp, actor, "9.9.9.9", 53), partial(tcp, actor, "9.9.9.9", 53)]
+    acts.append(partial(tcp, actor, "93.184.216.35"))
     with town.world_hears() as frames:
-        refused(query)
-        refused(partial(tcp, town.alice, "93.184.216.35"))
+        for act in acts:
+            with suppress(OSError):
+                act()
     assert not frames
     town.nft("delete table inet ttp\n")
-    for act in (query, partial(tcp, town.alice, "93.184.216.35")):
+    for act in acts:
         town.passes(act)
+
+
+@pytest.mark.promise("P2")
+@pytest.mark.parametrize("who", ["alice", "guest"])
+def test_dns_that_other_rules_hide_from_conntrack_is_refused(nft_town: HostTown, who: str) -> None:
+    """Nobody translates it, and the LAN is a LAN."""
+    town = nft_town
+    actor, hook = (town.alice, "output") if who == "alice" else (town.guest, "prerouting")
+    town.load(ALL)
+    town.nft(
+        f"table ip other {{ chain c {{ type filter hook {hook} priority -300; "
+        "th dport 53 meta l4proto { tcp, udp } notrack; }; }"
+    )
+    town.contained(partial(udp, actor, LAN4, 53), partial(tcp, actor, LAN4, 53))
+
+
+@pytest.mark.promise("P1", "P2", "P3")
+def test_firehol_takes_the_rules_and_keeps_them_in_front_of_its_own(tmp_path: Path) -> None:
+    """It lets go on whatever is established; ours come first, also for what it would redirect."""
+    with host_town("firehol", tmp_path) as town:
+        flow = town.alice.connect(SITE4, 80)
+        eventually(lambda: town.met, "the world to take the connection")
+        town.load(replace(ALL, gateway_for=("eth1",)))
+        with town.world_hears() as frames:
+            for actor in (town.alice, town.guest):
+                for site in (SITE4, SITE6, ONION4, ONION6):
+                    assert b"stand-in" in tcp(actor, site)
+                for resolver in (LAN4, "9.9.9.9", DOH6):
+                    assert b"example" in actor.ask(resolver, "example.test")
+            for host, port in ((SITE4, 853), (DOH4, 443)):
+                refused(partial(tcp, town.alice, host, port))
+            refused(partial(send_until_reset, flow))
+        assert not frames
+        flow.close()
+        assert b"world" in tcp(town.tor)
+        assert b"world" in tcp(town.alice, LAN4)
+        town.contained(
+            *(partial(act, town.alice, site) for site in (SITE4, SITE6) for act in (udp, ping)),
+            partial(udp, town.guest),
+        )
 
 
 @pytest.mark.promise("P12")
