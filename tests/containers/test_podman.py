@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,16 +24,17 @@ LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
 
 
 @pytest.fixture(scope="module")
-def podman(docker_lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def podman(docker_lab: Lab) -> Iterator[list[str]]:
     """The start of a command: on the lab's host, with a store of its own, on a file system."""
-    home = tmp_path_factory.mktemp("podman")
-    store = ("--root", f"{home}/root", "--runroot", f"{home}/run", "--tmpdir", f"{home}/tmp")
-    ways = ("--cgroup-manager", "cgroupfs", "--events-backend", "none", "--runtime", "runc")
-    root = home / "rootfs"
-    root.mkdir()
-    subprocess.run(["tar", "-xf", archive(), "-C", root], check=True)
-    line = ("podman", *store, *ways, "run", "--rm", *LIMITS)
-    return docker_lab.inside("host", *line, "--rootfs=true")
+    # podman refuses a path of more than 50 characters
+    with tempfile.TemporaryDirectory(prefix="ttp-podman-") as home:
+        store = ("--root", f"{home}/root", "--runroot", f"{home}/run", "--tmpdir", f"{home}/tmp")
+        ways = ("--cgroup-manager", "cgroupfs", "--events-backend", "none", "--runtime", "runc")
+        root = Path(home, "rootfs")
+        root.mkdir()
+        subprocess.run(["tar", "-xf", archive(), "-C", root], check=True)
+        line = ("podman", *store, *ways, "run", "--rm", *LIMITS)
+        yield docker_lab.inside("host", *line, "--rootfs=true")
 
 
 @contextmanager
