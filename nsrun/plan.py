@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from nsrun import ruleset, seccomp, torrc
 from nsrun.address import AddressBlock, choose_block
 from nsrun.errors import MissingError
-from nsrun.spec import Caller, GatewaySpec, RunSpec
+from nsrun.spec import ROOT_KEEPS, Caller, GatewaySpec, RunSpec
 from nsrun.steps import (
     AddLink,
     AttachNamespace,
@@ -63,12 +63,6 @@ NEUTRAL_ETC = {
     # that of Whonix and Kicksecure, where every machine has it: what many have tells nothing
     "machine-id": "b08dfa6083e7567a1921a715000001fb\n",
 }
-
-# capabilities(7) that a command run by root keeps: those over its own files and processes.
-ROOT_KEEPS = (
-    *("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"),
-    *("NET_BIND_SERVICE", "SYS_NICE", "SYS_RESOURCE", "LEASE", "AUDIT_WRITE"),
-)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,12 @@ class LabUplink:
 Isolation = Literal["workload", "destination", "connection"]
 """What shares no circuit with another of its kind (P7)."""
 
+#: capabilities(7) that a command run by root keeps: those over its own files and processes.
+ROOT_KEEPS = (
+    *("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID"),
+    *("NET_BIND_SERVICE", "SYS_NICE", "SYS_RESOURCE", "LEASE", "AUDIT_WRITE"),
+)
+
 UPLINKS = ("pasta", "slirp4netns", "veth")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -12,7 +11,6 @@ from typing import Annotated, NoReturn
 import typer
 
 from nsrun.cli import output
-from nsrun.cli.leak import program
 from nsrun.errors import UsageError
 from nsrun.spec import check_seconds
 
@@ -28,6 +26,7 @@ HERE = Path("/")
 @app.command()
 def install(root: Root = HERE) -> None:
     """Let systemd listen for Docker, and start the driver when Docker asks."""
+    from nsrun.cli.leak import program
     from nsrun.containers import driver_service
 
     driver_service.install(program(), root)
@@ -58,6 +57,8 @@ def serve(
     ] = 60.0,
 ) -> None:
     """Be the driver: answer Docker until SIGTERM."""
+    import logging
+
     from nsrun.containers import driver_server
 
     check_seconds("--bootstrap-timeout", bootstrap_timeout)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsrun.errors import UsageError
-from nsrun.plan import ROOT_KEEPS
+from nsrun.spec import ROOT_KEEPS
 
 _FLAGS = """
 detach disable-content-trust init interactive no-healthcheck oom-kill-disable privileged

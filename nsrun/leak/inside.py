@@ -27,8 +27,8 @@ from nsrun.leak.knocks import SECONDS, Came, door, gateways, get, knock, send, w
 from nsrun.leak.machine import Machine
 from nsrun.leak.verdict import Value
 from nsrun.linux import CAPABILITIES
-from nsrun.plan import ROOT_KEEPS
 from nsrun.ruleset import PRIVATE4, PRIVATE6
+from nsrun.spec import ROOT_KEEPS
 
 ORACLE = "https://check.torproject.org/api/ip"
 SITES4 = ("https://api4.my-ip.io/ip", "https://api.ipify.org/", "https://ifconfig.me/ip")
