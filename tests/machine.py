@@ -48,6 +48,8 @@ from typing import Any
 import roots
 from lab_helpers import Lab
 from nsrun.lab import topology
+from nsrun.leak.frames import Frame, Icmp, Ip
+from nsrun.leak.verdict import Rule
 from town import eventually
 
 SUITE = "trixie"  # Debian 13: docker 26.1, podman 5.4, compose 2.26, nftables 1.1
@@ -156,6 +158,20 @@ find /etc -xdev -type f -exec sha256sum {} + | sort -k 2
 """
 
 
+@dataclass(frozen=True)
+class GroupReports:
+    """What the kernel says of the groups that a link listens to when it comes up (RFC 3810)."""
+
+    sources: frozenset[str]
+    name: str = "of a link that came up"
+
+    def covers(self, frame: Frame) -> bool:
+        match frame.body:
+            case Ip(source=source, target="ff02::16", hop_limit=1, body=Icmp(version=6, kind=143)):
+                return source in self.sources
+        return False
+
+
 @dataclass
 class Machine:
     """One that runs. ``lab``: its network, in which it is the host."""
@@ -198,6 +214,12 @@ class Machine:
     def start(self, *argv: str, user: str = "root", **options: Any) -> subprocess.Popen[str]:
         """Start a command that runs beside the test, who ends it."""
         return subprocess.Popen(self.command(*argv, user=user), text=True, **options)
+
+    def rules(self) -> list[Rule]:
+        """What its wire, ``p-host``, may carry while only Tor sends, over a reboot too."""
+        own = (topology.HOST, topology.HOST6, topology.HOST_LINK)
+        tor = self.lab.rules(topology.HOST, topology.HOST6)
+        return [*tor, self.lab.neighbours(*own), GroupReports(frozenset(("::", own[-1])))]
 
     def path(self, path: str) -> Path:
         """A file of the machine's, from outside."""

@@ -159,6 +159,29 @@ def attach_network(
     )
 
 
+@app.command()
+def revive() -> None:
+    """Start containers of `ttp docker run` that Docker was to start, after a boot, and could not.
+
+    It starts none that joins another one's network. Prints their names; exit code 1 if one stays
+    stopped, because its gateway is not up, for instance.
+    """
+    from nsrun.containers import keeper
+
+    _need_root()
+    engine = _engine()
+    failed = []
+    for name, error in keeper.revive(engine):
+        if error is None:
+            print(name)
+        else:
+            failed.append((name, error))
+    keeper.start(engine)
+    if failed:
+        names, error = ", ".join(name for name, _ in failed), failed[0][1]
+        raise NsrunError(f"start {names}", error, error.hint)
+
+
 def _need_root() -> None:
     """Before a gateway is started that could not be plugged in. Raises UsageError."""
     if os.geteuid() != 0:

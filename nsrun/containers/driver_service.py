@@ -1,5 +1,7 @@
 """The driver as a service of systemd, which listens for it: dockerd never waits for a dead one.
 
+With it comes a service that starts, when Docker has, what this could not (keeper.py).
+
 ``root`` is the directory of another system, as systemctl(1) takes it: one that an image is made of.
 """
 
@@ -15,13 +17,14 @@ from pathlib import Path
 import nsrun
 from nsrun.errors import NsrunError, UsageError
 
-UNITS = ("ttp-docker-driver.socket", "ttp-docker-driver.service")
+UNITS = ("ttp-docker-driver.socket", "ttp-docker-driver.service", "ttp-docker-revive.service")
+ENABLED = (UNITS[0], UNITS[2])
 DIRECTORY = "etc/systemd/system"  # of units that no package has brought
 RUNNING = Path("/run/systemd/system")  # sd_booted(3)
 
 
 def install(program: str, root: Path) -> None:
-    """Write the units, for ``program``, and enable the socket; on a running system start it.
+    """Write the units, for ``program``, and enable them; on a running system start the socket.
 
     What fails leaves nothing. Raises NsrunError.
     """
@@ -37,9 +40,9 @@ def install(program: str, root: Path) -> None:
                 (directory / name).write_text(text.replace("/usr/local/bin/ttp", program))
             except OSError as error:
                 raise NsrunError(doing, f"{error.filename}: {error.strerror}") from error
-        back.callback(partial(_systemctl, doing, root, "disable", UNITS[0], check=False))
+        back.callback(partial(_systemctl, doing, root, "disable", *ENABLED, check=False))
         _reload(doing, root)
-        _systemctl(doing, root, "enable", UNITS[0])
+        _systemctl(doing, root, "enable", *ENABLED)
         if _is_ours(root):
             # a driver of before the installation is of another version
             _systemctl(doing, root, "stop", *UNITS, check=False)
@@ -56,7 +59,7 @@ def uninstall(root: Path) -> None:
         raise UsageError(doing, "it is not installed")
     if _is_ours(root):
         _systemctl(doing, root, "stop", *UNITS)
-    _systemctl(doing, root, "disable", UNITS[0])
+    _systemctl(doing, root, "disable", *ENABLED)
     for file in files:
         file.unlink(missing_ok=True)
     _reload(doing, root)

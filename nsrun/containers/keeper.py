@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -30,8 +30,9 @@ from nsrun.containers.holders import Holder
 from nsrun.errors import NsrunError
 
 PATIENCE = 120.0  # seconds for a daemon to come back
-#: What the daemon says of a container whose holder is not running: moby, daemon/container.go.
-UNJOINED = "cannot join network of a non running container"
+#: What the daemon says of a container whose holder is not running: moby, daemon/container.go. From
+#: 28 on, the network's namespace cannot be joined; till then, the network.
+UNJOINED = "of a non running container"
 
 
 def start(engine: Engine) -> None:
@@ -70,33 +71,60 @@ def keep(engine: Engine) -> None:
             return
 
 
-def revive(engine: Engine) -> None:
-    """Start the holders of containers that the daemon could not start without, and then those."""
+def revive(engine: Engine) -> Iterator[tuple[str, NsrunError | None]]:
+    """Start the holders of containers that the daemon could not start without, and then those.
+
+    Tells of each container why it was not started: its gateway is not up, for instance. Then all
+    is as it was, and closed. Raises NsrunError if the daemon does not answer.
+    """
+    with _one_at_a_time():
+        for holder in holders.found(engine):
+            left_out = [name for name, *_ in holder.users if UNJOINED in _error(engine, name)]
+            if holder.running or not left_out:
+                continue
+            failed = None
+            try:
+                _start(engine, holder, left_out)
+            except NsrunError as error:
+                failed = error
+            yield from ((name, failed) for name in left_out)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Among all that revive, who else would take away each other's holders: a keeper, a unit."""
+    paths.private_directory(paths.runtime())
+    directory = os.open(paths.runtime(), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
+
+
+def _start(engine: Engine, holder: Holder, containers: list[str]) -> None:
+    """A holder, plugged in, then the containers. Raises NsrunError; then none of them runs."""
     from nsrun.containers import plugging
     from nsrun.gateway import control
     from nsrun.spec import RunSpec
 
-    for holder in holders.found(engine):
-        left_out = [name for name, *_ in holder.users if UNJOINED in _error(engine, name)]
-        if holder.running or not left_out:
-            continue
-        with suppress(NsrunError):  # its gateway is not up: nothing is started, it stays closed
-            labels = engine.inspect(holder.id)["Config"]["Labels"]
-            spec = RunSpec(
-                ("docker", "run", *left_out),
-                holder.gateway,
-                holder.workload,
-                ipv6=labels[holders.IPV6] == "1",
-                isolate=labels[holders.ISOLATE],
-                socks=labels[holders.SOCKS] == "1",
-            )
-            resolver = control.resolver(holder.gateway, spec.bootstrap_timeout)
-            with engine.doing("start again"):
-                engine.api.start(holder.id)()
-            plugging.plug(engine, holder.id, spec, resolver, pinned=True)
-            with engine.doing("start again"):
-                for name in left_out:
-                    engine.api.start(name)()
+    labels = engine.inspect(holder.id)["Config"]["Labels"]
+    spec = RunSpec(
+        ("docker", "run", *containers),
+        holder.gateway,
+        holder.workload,
+        ipv6=labels[holders.IPV6] == "1",
+        isolate=labels[holders.ISOLATE],
+        socks=labels[holders.SOCKS] == "1",
+    )
+    resolver = control.resolver(holder.gateway, spec.bootstrap_timeout)
+    with engine.doing(f"start {containers[0]} again"), ExitStack() as undo:
+        undo.callback(engine.api.post, "containers", holder.id, "kill")
+        engine.api.start(holder.id)()
+        plugging.plug(engine, holder.id, spec, resolver, pinned=True)
+        undo.pop_all()
+        for name in containers:
+            engine.api.start(name)()
 
 
 def _error(engine: Engine, container: str) -> str:
@@ -158,7 +186,8 @@ def main() -> None:
                 keep(engine)
             engine = _back()
             if engine:
-                revive(engine)
+                for _ in revive(engine):
+                    pass  # nobody is there to be told why one was not started: it stays closed
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from docker_machine import Docker, docker
 from machine import Machine, debian
 
 
@@ -23,3 +24,17 @@ def machine() -> Iterator[Machine]:
     """Debian 13. A test leaves it as it found it; `machine.changes(before)` says whether it did."""
     with debian() as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def engine(request: pytest.FixtureRequest) -> Iterator[Docker]:
+    """Docker of the Debian that the test names as its parameter."""
+    with docker(request.param) as made:
+        yield made
+
+
+@pytest.fixture
+def bare(engine: Docker) -> Iterator[Docker]:
+    """Without a container, before the test and after it."""
+    yield engine
+    engine.clear()

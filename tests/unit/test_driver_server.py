@@ -31,6 +31,10 @@ driver_server.serve(sys.argv[1], 1)
 """
 
 
+ENABLED = (
+    "sockets.target.wants/ttp-docker-driver.socket",
+    "docker.service.wants/ttp-docker-revive.service",
+)
 NETWORK = "a" * 64
 CREATE = json.dumps(
     {
@@ -210,9 +214,9 @@ def test_the_service_is_installed_and_taken_back(tmp_path: Path, as_root: list[s
     assert "it is not installed" in done.stderr
     for _ in range(2):  # again: of another version, for instance
         assert (done := do("install")).returncode == 0, done.stderr
-    enabled = "etc/systemd/system/sockets.target.wants/ttp-docker-driver.socket"
+    enabled = [f"etc/systemd/system/{name}" for name in ENABLED]
     units = [f"etc/systemd/system/{name}" for name in driver_service.UNITS]
-    assert files() == sorted([enabled, *units])
+    assert files() == sorted([*enabled, *units])
     assert f"ExecStart={TTP} docker driver serve" in (tmp_path / units[1]).read_text()
     assert (done := do("uninstall")).returncode == 0, done.stderr
     assert files() == []

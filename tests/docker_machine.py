@@ -1,0 +1,76 @@
+"""Docker of a Debian release, with ttp's gateway and network driver as services of its systemd."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from docker_host import IMAGE, archive
+from lab_helpers import PLAIN_ORACLE
+from machine import Machine, debian
+from nsrun.leak.verdict import Value, as_text, judge
+
+#: On an internal network Docker asks no resolver of the host's: docs/known-issues.md.
+DNS = ("--dns", "192.0.2.53", "--dns-search", ".")
+ASK = ("curl", "-sS4", "--max-time", "20", PLAIN_ORACLE)
+LIVES = ("--detach", "--init")  # which ends by SIGTERM, as a service does
+SLEEP = (IMAGE, "sleep", "1000")
+
+
+@dataclass
+class Docker:
+    """A machine whose Docker has the image IMAGE and two networks: `tor`, and `plain`."""
+
+    machine: Machine
+
+    def do(self, *argv: str) -> str:
+        """What a command of docker's prints. That it succeeds, is asserted."""
+        return self.machine.run("docker", *argv, check=True).stdout.strip()
+
+    def ttp(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        """``ttp docker``."""
+        return self.machine.run("ttp", "docker", *argv)
+
+    def runs(self, container: str) -> bool:
+        return self.do("inspect", "--format", "{{.State.Running}}", container) == "true"
+
+    def is_cut_off(self, container: str) -> bool:
+        """Whether one that runs has no link but loopback."""
+        return self.do("exec", container, "ls", "/sys/class/net") == "lo"
+
+    def is_behind_tor(self, container: str) -> bool:
+        """Whether one that runs reaches the oracle by Tor. That it does, is asserted."""
+        return bool(json.loads(self.do("exec", container, *ASK))["IsTor"])
+
+    def active(self, unit: str) -> bool:
+        return self.machine.run("systemctl", "is-active", unit).stdout == "active\n"
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """While the block runs, the machine sends nothing but Tor's own connections to relays."""
+        with self.machine.lab.tap("router", "p-host") as wire:
+            yield
+            verdict = judge("host", wire.stop(), self.machine.rules(), expect_some=True)
+        assert verdict.value is Value.CONTAINED, as_text([verdict])
+
+    def clear(self) -> None:
+        if every := self.do("ps", "--all", "--quiet").split():
+            self.do("rm", "--force", *every)
+
+
+@contextmanager
+def docker(suite: str) -> Iterator[Docker]:
+    with debian(suite) as machine:
+        units = ("ttp-gateway@default", "docker")
+        machine.run("systemctl", "enable", "--now", *units, check=True)
+        with archive().open("rb") as image:
+            command = machine.command("docker", "import", "-", IMAGE)
+            subprocess.run(command, stdin=image, check=True, capture_output=True, timeout=60)
+        machine.run("ttp", "docker", "driver", "install", check=True)
+        made = Docker(machine)
+        made.do("network", "create", "plain")
+        made.do("network", "create", "--driver", "ttp", "--internal", "tor")
+        yield made

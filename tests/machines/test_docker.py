@@ -1,0 +1,138 @@
+"""Two releases of Docker under a real systemd: both ways behind Tor, and every accident of a host.
+
+In each machine systemd-resolved is the host's resolver, on loopback; what Docker, or anybody, asked
+it for a container would be seen on the machine's wire.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+
+from docker_host import IMAGE
+from docker_machine import ASK, DNS, LIVES, SLEEP, Docker
+from driver_host import by_tor
+from nsrun.leak.verdict import Value, judge
+from town import eventually
+
+# 26.1, and 28.5 or what unstable has by now; the short of it, and all
+BOTH = pytest.mark.parametrize("engine", ["trixie", "sid"], indirect=True, scope="session")
+LONG = pytest.mark.parametrize(
+    "engine",
+    ["trixie", pytest.param("sid", marks=pytest.mark.torture)],
+    indirect=True,
+    scope="session",
+)
+GATEWAY, DRIVER = "ttp-gateway@default", "ttp-docker-driver"
+ALWAYS = ("--restart", "always")
+
+
+@LONG
+def test_systemd_starts_the_driver_when_docker_asks(bare: Docker) -> None:
+    """By its socket, and again after kill -9; the gateway is a service that says when it is up."""
+    assert bare.active(GATEWAY)
+    assert bare.active(f"{DRIVER}.socket")
+    bare.machine.run("systemctl", "stop", DRIVER, check=True)
+    bare.do("network", "create", "--driver", "ttp", "--internal", "another")
+    assert bare.active(DRIVER)
+    bare.machine.run("systemctl", "kill", "--signal=KILL", DRIVER, check=True)
+    assert by_tor(bare.do("run", "--rm", "--network", "another", *DNS, IMAGE, *ASK))
+    bare.do("network", "rm", "another")
+
+
+@BOTH
+@pytest.mark.promise("P1", "P2", "P3", "P6", "P7")
+def test_both_ways_lead_to_tor_and_nowhere_else(bare: Docker) -> None:
+    """With identities of their own; the control, on Docker's own bridge, is seen on the wire."""
+    stray = ("python3", "-c", STRAY)
+    with bare.silent():
+        bare.do("run", *LIVES, *DNS, "--network", "tor", "--name", "driven", *SLEEP)
+        held = bare.ttp("run", "--", *LIVES, "--name", "held", *SLEEP)
+        assert held.returncode == 0, held.stderr
+        for name in ("driven", "held"):
+            assert bare.is_behind_tor(name)
+            done = bare.machine.run("docker", "exec", name, *stray)
+            assert "No route to host" in done.stderr
+        listed = json.loads(bare.machine.run("ttp", "ps", "--json", check=True).stdout)
+        assert len({tuple(one["identity"]) for one in listed}) == 2
+        # Docker without --dns: not answered, and not asked of anybody
+        done = bare.machine.run("docker", "run", "--rm", "--network", "tor", IMAGE, *ASK)
+        assert done.returncode
+    with bare.machine.lab.tap("router", "p-host") as wire:
+        assert not by_tor(bare.do("run", "--rm", "--network", "plain", IMAGE, *ASK))
+        verdict = judge("host", wire.stop(), bare.machine.rules())
+    assert verdict.value is Value.LEAK
+
+
+@pytest.mark.promise("P4")
+@BOTH
+@pytest.mark.parametrize(
+    "end", ["dockerd", pytest.param("keeper and dockerd", marks=pytest.mark.torture), "machine"]
+)
+def test_what_docker_starts_again_is_behind_tor(bare: Docker, end: str) -> None:
+    """By a restart policy, both ways, after each end; and not a packet beside Tor meanwhile."""
+    machine = bare.machine
+    bare.do("run", *LIVES, *DNS, *ALWAYS, "--network", "tor", "--name", "driven", *SLEEP)
+    assert bare.ttp("run", "--", *LIVES, *ALWAYS, "--name", "held", *SLEEP).returncode == 0
+    with bare.silent():
+        if end == "machine":
+            machine.reboot()
+        else:
+            if end != "dockerd":
+                machine.run("pkill", "-KILL", "-f", "nsrun.containers.keeper", check=True)
+            machine.run("systemctl", "restart", "docker", check=True)
+        for name in ("driven", "held"):
+            eventually(partial(bare.runs, name), f"{name} to start", 30)
+            assert bare.is_behind_tor(name)
+    told = bare.ttp("ps").stdout
+    assert "cut off" not in told
+    assert "ttp-held" not in told
+
+
+@LONG
+@pytest.mark.promise("P4")
+def test_without_a_gateway_nothing_is_started(bare: Docker) -> None:
+    """And it is said which; when the gateway is back, one command starts it."""
+    machine = bare.machine
+    assert bare.ttp("run", "--", *LIVES, *ALWAYS, "--name", "held", *SLEEP).returncode == 0
+    machine.run("systemctl", "stop", GATEWAY, check=True)
+    machine.run("systemctl", "restart", "docker", check=True)
+    done = bare.ttp("revive")
+    assert done.returncode == 1
+    assert done.stderr.startswith("ttp: cannot start held: cannot reach the gateway default: ")
+    assert not bare.runs("held")
+    machine.run("systemctl", "start", GATEWAY, check=True)
+    done = bare.ttp("revive")
+    assert (done.returncode, done.stdout) == (0, "held\n"), done.stderr
+    assert bare.is_behind_tor("held")
+
+
+@LONG
+@pytest.mark.promise("P4")
+def test_when_the_gateway_is_killed_both_are_cut_off(bare: Docker) -> None:
+    """What runs stays closed until it is started again, or attached to the next gateway."""
+    bare.do("run", *LIVES, *DNS, "--network", "tor", "--name", "driven", *SLEEP)
+    assert bare.ttp("run", "--", *LIVES, "--name", "held", *SLEEP).returncode == 0
+    machine = bare.machine
+    with bare.silent():
+        assert bare.is_behind_tor("held")
+        machine.run("systemctl", "kill", "--signal=KILL", GATEWAY, check=True)
+        for name in ("driven", "held"):
+            eventually(partial(bare.is_cut_off, name), "the link to go", 20)
+            assert machine.run("docker", "exec", name, *ASK).returncode
+        machine.run("systemctl", "start", GATEWAY, check=True)  # as Restart= does in 5 s
+        assert bare.ttp("attach-network", "held").returncode == 0
+        bare.do("restart", "driven")
+        for name in ("driven", "held"):
+            assert bare.is_behind_tor(name)
+
+
+STRAY = """
+import socket
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.connect(("11.200.0.80", 7))
+udp.send(b"stray")
+udp.recv(10)
+"""
