@@ -78,8 +78,8 @@ def rules(
         lan=not no_lan_bypass,
         ipv6=not no_ipv6,
         allow_root=allow_root,
-        bypass_users=people.users(DOING, bypass_user or ()),
-        bypass_groups=people.groups(DOING, bypass_group or ()),
+        bypass_users=people.exempt_users(DOING, bypass_user or ()),
+        bypass_groups=people.exempt_groups(DOING, bypass_group or ()),
         services=tuple(dict.fromkeys(service)),
         gateway_for=tuple(gateway_for or ()),
     )

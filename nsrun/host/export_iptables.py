@@ -8,7 +8,7 @@ pass them by. See iptables-extensions(8).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import product
 
 from nsrun.host.export_torrc import heading
@@ -71,6 +71,8 @@ def lines(chain: Chain, version: int) -> Iterator[tuple[str, str, str]]:
 
 def _variants(rule: Rule) -> Iterator[list[str]]:
     """What a rule of iptables has only one of: a rule for each."""
+    if rule.protocol in ("tcp", "udp"):
+        yield [f"-p {rule.protocol}"]
     several = (
         ("-i", [name.replace("*", "+") for name in rule.iif]),
         ("-o", [name.replace("*", "+") for name in rule.oif]),
@@ -80,6 +82,9 @@ def _variants(rule: Rule) -> Iterator[list[str]]:
     for option, values in several:
         if values:
             yield [f"{option} {value}" for value in values]
+    for option, ports in (("--sports", rule.sport), ("--dports", rule.dport)):
+        if ports:
+            yield [f"-m multiport {option} {some}" for some in _listed(ports)]
     if rule.icmpv6:
         yield [
             f"-p icmpv6 --icmpv6-type {kind} -m hl --hl-eq {limit}"
@@ -100,13 +105,8 @@ def _words(rule: Rule) -> Iterator[str]:
         yield f"-d {','.join(rule.to)}"
     if rule.to_this_machine:
         yield "-m addrtype --dst-type LOCAL"
-    if rule.protocol in ("tcp", "udp"):
-        yield f"-p {rule.protocol}"
-    for option, ports in (("--sports", rule.sport), ("--dports", rule.dport)):
-        if ports:
-            yield f"-m multiport {option} {_listed(ports)}"
-    if rule.not_dport:
-        yield f"-m multiport ! --dports {_listed(rule.not_dport)}"
+    for some in _listed(rule.not_dport):
+        yield f"-m multiport ! --dports {some}"
     if rule.original_dport:
         yield f"-m conntrack --ctorigdstport {rule.original_dport}"
     if rule.translated is not None:
@@ -133,5 +133,6 @@ def _target(rule: Rule, version: int) -> str:
             return f"REDIRECT --to-ports {port}"
 
 
-def _listed(ports: Iterable[int]) -> str:
-    return ",".join(map(str, ports))
+def _listed(ports: tuple[int, ...]) -> list[str]:
+    """As many as multiport takes at once."""
+    return [",".join(map(str, ports[n : n + 15])) for n in range(0, len(ports), 15)]

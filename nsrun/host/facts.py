@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import grp
 import json
 import os
-import pwd
 import shutil
 import socket
 import subprocess
@@ -15,7 +13,7 @@ from pathlib import Path
 
 from nsrun import facts, netlink
 from nsrun.errors import MissingError, UsageError
-from nsrun.host import bridges, flows, session
+from nsrun.host import bridges, flows, people, session
 from nsrun.host.policy import choose_automap
 from nsrun.host.session import HostFacts, HostSpec
 
@@ -43,8 +41,8 @@ def probe(spec: HostSpec) -> HostFacts:
         resolv_conf=os.path.realpath("/etc/resolv.conf"),
         resolved=_is_active("systemd-resolved.service"),
         services=_services(),
-        bypass_uids=tuple(map(_user, spec.bypass_users)),
-        bypass_gids=tuple(map(_group, spec.bypass_groups)),
+        bypass_uids=people.exempt_users(DOING, spec.bypass_users),
+        bypass_gids=people.exempt_groups(DOING, spec.bypass_groups),
         made=_absent("/run/tor", session.TOR_RUNTIME),
     )
 
@@ -115,27 +113,6 @@ def _services() -> tuple[int, ...]:
 
 def _is_active(unit: str) -> bool:
     return subprocess.run(("systemctl", "--quiet", "is-active", unit)).returncode == 0
-
-
-def _user(name: str) -> int:
-    """The number of a user, by name or as a number. Root goes by --allow-root."""
-    try:
-        number = int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
-    except KeyError:
-        raise UsageError(DOING, f"there is no user {name}", "getent passwd lists them") from None
-    if number == 0:
-        raise UsageError(DOING, "root is no user to bypass Tor", "--allow-root")
-    return number
-
-
-def _group(name: str) -> int:
-    try:
-        number = int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise UsageError(DOING, f"there is no group {name}", "getent group lists them") from None
-    if number == 0:
-        raise UsageError(DOING, "root's is no group to bypass Tor", "--allow-root")
-    return number
 
 
 def _absent(*directories: str) -> tuple[str, ...]:

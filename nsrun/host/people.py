@@ -20,12 +20,27 @@ def groups(doing: str, words: Iterable[str]) -> tuple[int, ...]:
     return tuple(_number(doing, word, "group") for word in _single(words))
 
 
+def exempt_users(doing: str, words: Iterable[str]) -> tuple[int, ...]:
+    """Raises UsageError for root, too, for whom there is an option."""
+    return _but_root(doing, users(doing, words))
+
+
+def exempt_groups(doing: str, words: Iterable[str]) -> tuple[int, ...]:
+    return _but_root(doing, groups(doing, words))
+
+
 def tor_user() -> int | None:
     """Whom the distribution's package made for Tor."""
     for name in TOR_USERS:
         with suppress(KeyError):
             return pwd.getpwnam(name).pw_uid
     return None
+
+
+def _but_root(doing: str, numbers: tuple[int, ...]) -> tuple[int, ...]:
+    if 0 in numbers:
+        raise UsageError(doing, "root is exempt by another option", "--allow-root")
+    return numbers
 
 
 def _single(words: Iterable[str]) -> list[str]:

@@ -14,9 +14,10 @@ MEANT = {
     "--allow-root --no-lan-bypass --no-ipv6": HostPolicy(
         107, allow_root=True, lan=False, ipv6=False
     ),
-    "--bypass-user root,5 --bypass-user 6 --bypass-group root": HostPolicy(
-        107, bypass_users=(0, 5, 6), bypass_groups=(0,)
+    "--bypass-user 4,5 --bypass-user 6 --bypass-group 7": HostPolicy(
+        107, bypass_users=(4, 5, 6), bypass_groups=(7,)
     ),
+    "--only-user root": HostPolicy(107, own="users", users=(0,)),
     "--only-user 5": HostPolicy(107, own="users", users=(5,)),
     "--onion-only -t 9 -d 10": HostPolicy(107, own="onion", trans_port=9, dns_port=10),
     "--gateway-for eth1 --gateway-for br-*": HostPolicy(107, gateway_for=("eth1", "br-*")),
@@ -26,6 +27,8 @@ MEANT = {
 WRONG = {
     "--gateway-only": "neither this machine's",
     "--only-user 5 --onion-only": "--only-user and --onion-only exclude",
+    "--bypass-user root": "root is exempt by another option",
+    "--bypass-group root": "root is exempt by another option",
     "--bypass-user no-such": "there is no user 'no-such'",
     "--bypass-group no-such": "there is no group 'no-such'",
     "--bypass-user 4294967295": "there is no user",
