@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from nsrun.containers import holders
+from nsrun.containers import driver, holders
 from nsrun.containers.engine import Engine
 from nsrun.gateway import control
 
@@ -15,27 +16,51 @@ SILENT = "unknown"  # the gateway does not answer
 
 
 def found(engine: Engine) -> list[dict[str, str]]:
-    """Every container that joins a holder, or is attached itself. Raises NsrunError."""
+    """Every container that joins a holder, runs on a network of the driver, or is attached.
+
+    Raises NsrunError.
+    """
     listed, silent = control.all_workloads()
     live = {(one["gateway"], one["name"]): one for one in listed}
     rows = []
-    for holder in holders.found(engine):
-        told = live.pop((holder.gateway, holder.workload), None)
-        unknown = SILENT if holder.gateway in silent else CUT_OFF
-        identity = " ".join(told["identity"]) if told else unknown
-        for name, image, status in holder.users:
-            where = {"workload": holder.workload, "gateway": holder.gateway}
-            row = {"container": name, "image": image, "status": status}
-            rows.append({**row, **where, "identity": identity})
+
+    def add(container: tuple[str, str, str], gateway: str, workload: str) -> None:
+        row = dict(zip(("container", "image", "status"), container, strict=True))
+        row |= {"workload": workload, "gateway": gateway}
+        told = live.get((gateway, workload))
+        unknown = SILENT if gateway in silent else CUT_OFF
+        rows.append({**row, "identity": " ".join(told["identity"]) if told else unknown})
+
+    held = holders.found(engine)
+    for holder in held:
+        for user in holder.users:
+            add(user, holder.gateway, holder.workload)
     with engine.doing("list the containers"):
         running = {one["Id"]: one for one in engine.api.get("containers", "json")}
+        ours = _networks(engine)
+    for one in running.values():
+        for end in one["NetworkSettings"]["Networks"].values():
+            if end["NetworkID"] in ours:
+                add(_told(one), ours[end["NetworkID"]], driver.workload(end["EndpointID"]))
+    of_holders = {(holder.gateway, holder.workload) for holder in held}
     for (gateway, name), told in live.items():
-        one = running.get(_container(told["pid"]))
-        if one is not None:
-            row = {"container": one["Names"][0].removeprefix("/"), "image": one["Image"]}
-            row |= {"status": one["Status"], "workload": name, "gateway": gateway}
-            rows.append({**row, "identity": " ".join(told["identity"])})
+        attached = running.get(_container(told["pid"]))
+        if attached is not None and (gateway, name) not in of_holders:
+            add(_told(attached), gateway, name)
     return rows
+
+
+def _told(container: dict[str, Any]) -> tuple[str, str, str]:
+    return container["Names"][0].removeprefix("/"), container["Image"], container["Status"]
+
+
+def _networks(engine: Engine) -> dict[str, str]:
+    """Of the driver's, by their id: the gateway."""
+    return {
+        one["Id"]: (one["Options"] or {}).get("ttp.gateway", "default")
+        for one in engine.api.get("networks")
+        if one["Driver"] == driver.NAME
+    }
 
 
 def _container(pid: int) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from docker_host import IMAGE, Dockerd, keepers
+from driver_host import Host
 from lab_helpers import PLAIN_ORACLE, TTP
 from nsrun.containers.options import FLAGS, SHORT, VALUES
 from nsrun.leak import pcap
@@ -182,6 +183,23 @@ def test_a_detached_one_is_listed_and_renewed(engine: Dockerd) -> None:
     assert after["two"] == identities["two"]
     assert engine.lab.about("kill", "-s", "KILL", "one").returncode == 0
     eventually(lambda: engine.workloads() == ["two"], "the workload to end")
+
+
+@pytest.mark.promise("P12")
+def test_all_containers_behind_tor_are_listed(docker: Host) -> None:
+    """Those of ttp docker run, of the driver's networks, and attached ones; no other."""
+    engine = docker.dockerd
+    assert engine.run("-d", "--name", "held", IMAGE, "sleep", "100").returncode == 0
+    for name, network in (("driven", "tor"), ("other", "plain"), ("lone", "none")):
+        docker.begin(network, name)
+    attached = engine.do(TTP, "docker", "attach-network", "-g", engine.lab.name, "lone")
+    assert attached.returncode == 0, attached.stderr
+    listed = json.loads(engine.do(TTP, "docker", "ps", "--json").stdout)
+    assert sorted(one["container"] for one in listed) == ["driven", "held", "lone"]
+    known = {one["name"]: " ".join(one["identity"]) for one in engine.listed()}
+    assert {one["workload"]: one["identity"] for one in listed} == known
+    docker.docker("network", "disconnect", "tor", "driven")
+    assert "driven" not in engine.do(TTP, "docker", "ps").stdout
 
 
 def test_a_restarted_one_keeps_its_network(engine: Dockerd) -> None:
