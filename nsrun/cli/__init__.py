@@ -19,6 +19,8 @@ from nsrun.errors import ExitCode, NsrunError, UsageError
 
 UNREAD = (errno.EPIPE, errno.ENOSPC)  # of what has no name, as standard output
 CHECK_LEAK = "check-leak"  # what may be used inside a workload
+GROUPS = ("config", "docker", "gateway", "lab")  # each a module, with its own commands
+ABOUT_WORKLOADS = ("inspect", "kill", "logs", "ps", "refresh", "rm", "wait")  # a module together
 
 
 def _version(value: bool) -> None:
@@ -59,13 +61,14 @@ def root() -> typer.Typer:
 
 def _app(verb: str) -> typer.Typer:
     """With all commands; but what is started often need not take 40 ms more for the others."""
-    if verb in ("docker", "lab"):
-        app = root()
+    app = root()
+    if verb in GROUPS:
         app.add_typer(import_module(f"nsrun.cli.{verb}").app, name=verb)
-        return app
-    from nsrun.cli import commands
-
-    return commands.app
+    elif verb in ABOUT_WORKLOADS:
+        import_module("nsrun.cli.workload").register(app)
+    else:
+        app = import_module("nsrun.cli.commands").app
+    return app
 
 
 def main() -> NoReturn:

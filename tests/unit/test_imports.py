@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer import Typer
+from typer.main import get_group
 
 from harness import ROOT
+from nsrun.cli import ABOUT_WORKLOADS, GROUPS, commands, workload
 
 PACKAGE = ROOT / "nsrun"
 PURE = (
@@ -151,15 +154,23 @@ def test_no_process_of_ours_takes_modules_from_the_working_directory() -> None:
     assert set(starts) == {"-P"}
 
 
-@pytest.mark.parametrize("verb", ["docker", "lab"])
+@pytest.mark.parametrize("verb", [*GROUPS, "ps", "doctor"])
 def test_what_is_started_often_loads_no_other_commands(verb: str) -> None:
-    """It has them all when it is asked for another one."""
+    """All are loaded for what is not."""
     code = "import sys; from nsrun import cli; cli._app(sys.argv[1]); print(*sys.modules)"
-    for asked, loads_others in ((verb, False), ("ps", True)):
-        command = [sys.executable, "-c", code, asked]
-        loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        assert f"nsrun.cli.{verb}" in loaded
-        assert ("nsrun.cli.workload" in loaded) is loads_others
+    command = [sys.executable, "-c", code, verb]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "nsrun.cli.workload" in loaded or verb in GROUPS
+    assert f"nsrun.cli.{verb}" in loaded or verb == "ps"
+    assert ("nsrun.cli.doctor" in loaded) is (verb == "doctor")
+
+
+def test_what_is_loaded_alone_is_whole() -> None:
+    """A command about workloads that is forgotten would not be found."""
+    app = Typer()
+    workload.register(app)
+    assert sorted(get_group(app).commands) == sorted(ABOUT_WORKLOADS)
+    assert {group.name for group in commands.app.registered_groups} == set(GROUPS)
 
 
 def test_the_hot_path_stays_light() -> None:
