@@ -14,6 +14,7 @@ from pytest_docker.plugin import get_docker_services
 from docker_host import IMAGE, Dockerd
 from harness import ROOT
 from nsrun.lab import topology
+from nsrun.leak.frames import Frame, Icmp, Ip
 from nsrun.leak.verdict import Value, as_text, judge
 
 # that of Debian 12 (v1) if it is there: it knows no `up --wait`
@@ -131,6 +132,19 @@ def images(engine: Dockerd) -> None:
         assert done.returncode == 0, done.stderr
 
 
+@dataclass(frozen=True)
+class Gone:
+    """The host's kernel tells a relay that the container it sends to is not there (RFC 792)."""
+
+    name = "to relays of a gateway that has gone"
+
+    def covers(self, frame: Frame) -> bool:
+        match frame.body:
+            case Ip(source=topology.HOST, target=target, body=Icmp(version=4, kind=3)):
+                return any(target in node.addresses for node in topology.NODES)
+        return False
+
+
 @contextmanager
 def host_is_silent(engine: Dockerd) -> Iterator[None]:
     """But for Tor's connections: that of these gateways is on the host's own wire."""
@@ -138,5 +152,5 @@ def host_is_silent(engine: Dockerd) -> Iterator[None]:
         yield
         own = (topology.HOST, topology.HOST6)
         known = engine.lab.neighbours(*own, topology.RESOLVER, topology.LAN_WEB)
-        verdict = judge("host", host.stop(), [*engine.lab.rules(*own), known])
+        verdict = judge("host", host.stop(), [*engine.lab.rules(*own), known, Gone()])
     assert verdict.value is Value.CONTAINED, as_text([verdict])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from composed import images
 from docker_host import Dockerd, dockerd
 from driver_host import Host, create
 from lab_helpers import Lab
@@ -33,6 +34,13 @@ def docker_lab(as_root: list[str]) -> Iterator[Lab]:
 def daemon(docker_lab: Lab) -> Iterator[Dockerd]:
     with dockerd(docker_lab, docker_lab.home) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def built(daemon: Dockerd) -> Dockerd:
+    """The daemon, with what images/ makes."""
+    images(daemon)
+    return daemon
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from composed import Example, client, example, host_is_silent, images
+from composed import Example, client, example, host_is_silent
 from docker_host import IMAGE, Dockerd
 from lab_helpers import PLAIN_ORACLE
 
@@ -16,11 +16,10 @@ pytestmark = [pytest.mark.lab, pytest.mark.root]
 
 
 @pytest.fixture(scope="module")
-def ci(daemon: Dockerd) -> Iterator[Example]:
+def ci(built: Dockerd) -> Iterator[Example]:
     """The gateway is up, and the network of the program and of its tests."""
-    images(daemon)
-    variables = {"IMAGE": IMAGE, "URL": PLAIN_ORACLE, "TORRC_D": str(client(daemon))}
-    with example(Example(daemon, "ci", variables, base="gateway"), "up -d link") as made:
+    variables = {"IMAGE": IMAGE, "URL": PLAIN_ORACLE, "TORRC_D": str(client(built))}
+    with example(Example(built, "ci", variables, base="gateway"), "up -d link") as made:
         yield made
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from composed import Example, client, example, host_is_silent, images, relays_forget
+from composed import Example, client, example, host_is_silent, relays_forget
 from docker_host import IMAGE, Dockerd
 from driver_host import Host, loopback_resolver
 from harness import ROOT
@@ -54,11 +54,10 @@ while True:
 
 
 @pytest.fixture(scope="module")
-def gateway(daemon: Dockerd) -> Iterator[Example]:
+def gateway(built: Dockerd) -> Iterator[Example]:
     """The example is up, with the package in its app."""
-    images(daemon)
-    variables = {"IMAGE": IMAGE, "URL": PLAIN_ORACLE, "TORRC_D": str(client(daemon))}
-    with example(Example(daemon, "gateway", variables)) as made:
+    variables = {"IMAGE": IMAGE, "URL": PLAIN_ORACLE, "TORRC_D": str(client(built))}
+    with example(Example(built, "gateway", variables)) as made:
         yield made
 
 
@@ -163,9 +162,26 @@ def test_the_image_of_probes_finds_nothing(gateway: Example) -> None:
     done = gateway.engine.docker(*behind(gateway, *certificates, "ttp/probe"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].endswith(" contained, 0 inconclusive, 0 leak")
-    done = gateway.engine.docker("run", "--rm", *certificates, "ttp/probe")
-    assert done.returncode == 1
+    briefly = ("timeout", "3", "check-leak")  # its first line tells
+    done = gateway.engine.docker("run", "--rm", *certificates, "ttp/probe", *briefly)
+    assert done.returncode != 0
     assert "IsTor false" in done.stdout
+
+
+@pytest.mark.promise("P4", "P12")
+def test_what_is_not_closed_is_not_a_gateway(built: Dockerd) -> None:
+    """With forwarding on, or without power, it ends; and where no Tor is, none is healthy."""
+    run = ("run", "--rm", "--user", "0:0")
+    guard = ("ttp/gateway", "guard", "eth0", "10.64.1.2")
+    done = built.docker(*run, "--cap-add", "NET_ADMIN", "--sysctl", "net.ipv4.ip_forward=1", *guard)
+    assert "--sysctl net.ipv4.ip_forward=0" in done.stderr
+    assert done.returncode == 1
+    done = built.docker(*run, "--sysctl", "net.ipv4.ip_forward=0", *guard)
+    assert "Operation not permitted" in done.stderr
+    assert done.returncode == 1
+    done = built.docker("run", "--rm", "ttp/gateway", "healthy")
+    assert "no answer of Tor" in done.stderr
+    assert done.returncode == 1
 
 
 @pytest.mark.promise("P2", "P6")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from composed import Example, client, example, host_is_silent, images
+from composed import Example, client, example, host_is_silent
 from docker_host import IMAGE, Dockerd
 from driver_host import Host, loopback_resolver
 from nsrun.lab import topology
@@ -19,15 +19,14 @@ from town import eventually
 pytestmark = [pytest.mark.lab, pytest.mark.root]
 
 GREETING = "An onion service of ttp"
-KNOCK = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
+KNOCK = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 1)"
 LOOKUP = ("dig", "+tries=1", "+time=2", "outside.test")
 
 
 @pytest.fixture(scope="module")
-def onion(daemon: Dockerd) -> Iterator[Example]:
-    images(daemon)
-    variables = {"IMAGE": IMAGE, "TORRC_D": str(client(daemon))}
-    with example(Example(daemon, "onion", variables)) as made:
+def onion(built: Dockerd) -> Iterator[Example]:
+    variables = {"IMAGE": IMAGE, "TORRC_D": str(client(built))}
+    with example(Example(built, "onion", variables)) as made:
         yield made
 
 
