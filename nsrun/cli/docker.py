@@ -190,12 +190,13 @@ def _need_root() -> None:
 
 
 def _engine() -> Engine:
-    """The daemon, and no holder left behind."""
-    from nsrun.containers import holders
+    """The daemon, and nothing left behind by who was killed."""
+    from nsrun.containers import holders, keeper
     from nsrun.containers.engine import Engine
 
     engine = Engine()
     holders.sweep(engine)
+    keeper.tidy(engine)
     return engine
 
 

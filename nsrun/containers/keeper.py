@@ -149,19 +149,30 @@ def _await(holder: Holder, news: SimpleQueue[bool]) -> None:
     news.put(True)
 
 
+def lock(host: str) -> Path:
+    """The file that the keeper of a daemon holds locked."""
+    return Path(paths.runtime(), f"keeper-{hashlib.sha256(host.encode()).hexdigest()[:12]}")
+
+
+def tidy(engine: Engine) -> None:
+    """Remove what a keeper leaves that was killed."""
+    with suppress(FileNotFoundError, BlockingIOError), lock(engine.host).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(engine.host).unlink(missing_ok=True)
+
+
 @contextmanager
 def _alone(host: str) -> Iterator[bool]:
     """Whether we are the only keeper of a daemon, for the time of the block."""
     paths.private_directory(paths.runtime())
-    path = Path(paths.runtime(), f"keeper-{hashlib.sha256(host.encode()).hexdigest()[:12]}")
-    with path.open("w") as file:
+    with lock(host).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
         yield True
-        path.unlink(missing_ok=True)  # another may have it open, and lock it: two do no harm
+        lock(host).unlink(missing_ok=True)  # another may have it open, and lock it: two do no harm
 
 
 def _back() -> Engine | None:

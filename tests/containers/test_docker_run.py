@@ -17,6 +17,7 @@ import pytest
 from docker_host import IMAGE, Dockerd, keepers
 from driver_host import Host
 from lab_helpers import PLAIN_ORACLE, TTP
+from nsrun.containers import keeper
 from nsrun.containers.options import FLAGS, SHORT, VALUES
 from nsrun.leak import pcap
 from town import eventually
@@ -277,9 +278,11 @@ def test_after_a_kill_nothing_stays(engine: Dockerd) -> None:
         os.kill(pid, signal.SIGKILL)
     if IMAGE in engine.docker("ps", "--format", "{{.Image}}").stdout:
         engine.clear()  # it was quicker than we: the container is docker's
+    keeper.lock(engine.host).touch()  # if it was killed before it made that
     engine.do(TTP, "docker", "ps")
     assert not engine.containers()
     eventually(lambda: not engine.workloads(), "the workload to end")
+    eventually(lambda: not keeper.lock(engine.host).exists(), "its lock to go")
 
 
 def test_a_failure_leaves_no_holder(engine: Dockerd) -> None:
