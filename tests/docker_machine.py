@@ -18,6 +18,14 @@ DNS = ("--dns", "192.0.2.53", "--dns-search", ".")
 ASK = ("curl", "-sS4", "--max-time", "20", PLAIN_ORACLE)
 LIVES = ("--detach", "--init")  # which ends by SIGTERM, as a service does
 SLEEP = (IMAGE, "sleep", "1000")
+#: A program that sends what Tor does not carry.
+STRAY = """
+import socket
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.connect(("11.200.0.80", 7))
+udp.send(b"stray")
+udp.recv(10)
+"""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 
 from docker_host import IMAGE
-from docker_machine import ASK, DNS, LIVES, SLEEP, Docker
+from docker_machine import ASK, DNS, LIVES, SLEEP, STRAY, Docker
 from driver_host import by_tor
 from nsrun.leak.verdict import Value, judge
 from town import eventually
@@ -127,12 +127,3 @@ def test_when_the_gateway_is_killed_both_are_cut_off(bare: Docker) -> None:
         bare.do("restart", "driven")
         for name in ("driven", "held"):
             assert bare.is_behind_tor(name)
-
-
-STRAY = """
-import socket
-udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-udp.connect(("11.200.0.80", 7))
-udp.send(b"stray")
-udp.recv(10)
-"""
