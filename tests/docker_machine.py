@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from docker_host import IMAGE, archive
-from lab_helpers import PLAIN_ORACLE
+from lab_helpers import PLAIN_ORACLE, TTP
 from machine import Machine, debian
+from nsrun.lab import control, topology
+from nsrun.leak.bench import Bench
+from nsrun.leak.probes import World
 from nsrun.leak.verdict import Value, as_text, judge
 
 #: On an internal network Docker asks no resolver of the host's: docs/known-issues.md.
@@ -55,6 +58,28 @@ class Docker:
 
     def active(self, unit: str) -> bool:
         return self.machine.run("systemctl", "is-active", unit).stdout == "active\n"
+
+    def world(self, own: str, neighbour: str) -> World:
+        """As a probe in the container ``own`` of a workload sees it."""
+        gateway = json.loads(self.machine.run("ttp", "gateway", "inspect", "default").stdout)
+        listed = json.loads(self.machine.run("ttp", "ps", "--json").stdout)
+        # a container of the driver is called by its endpoint; they are listed by age
+        named = {one["name"]: one["address"] for one in listed}
+        ages = [one["address"] for one in listed]
+        outside = self.machine.run("systemctl", "show", "-P", "MainPID", "docker").stdout
+        lab = Bench(control.describe(self.machine.lab.name), TTP, self.machine.lab.home)
+        return lab.world(
+            gateway,
+            int(outside),
+            gateway=gateway["address"][0],
+            gateway6=gateway["address"][1],
+            uplink=topology.HOST,
+            uplink6=topology.HOST6,
+            neighbour=named.get(neighbour, ages[1])[0],
+            neighbour6=named.get(neighbour, ages[1])[1],
+            own=named.get(own, ages[0])[0],
+            own6=named.get(own, ages[0])[1],
+        )
 
     @contextmanager
     def silent(self) -> Iterator[None]:

@@ -22,25 +22,22 @@ from pathlib import Path
 
 import pytest
 
+from container_probes import FEW, KNOWN, LINK, PLAIN, RAW, as_meant
 from docker_host import IMAGE, Dockerd, keepers
 from harness import ROOT
 from lab_helpers import PLAIN_ORACLE, TTP
 from nsrun.lab import control, topology
 from nsrun.leak.battery import scene
 from nsrun.leak.bench import Bench, make
-from nsrun.leak.probes import Control, Expect, Needs, Outcome, Probe, World
+from nsrun.leak.probes import World
 from nsrun.leak.probes.table import PROBES
-from nsrun.leak.results import Made, seen
+from nsrun.leak.results import seen
 from nsrun.leak.verdict import Value, as_text, judge
 from town import eventually
 
 pytestmark = [pytest.mark.root, pytest.mark.lab]
 
 ASK = ("curl", "-sS", "--max-time", "20", PLAIN_ORACLE)
-KNOWN = {"power-ring"}  # docs/known-issues.md: Docker's filter of system calls is Docker's
-FEW = {"dns-udp", "udp", "tcp", "udp-quic", "tcp-lan", "udp-stun"}
-PLAIN = [probe for probe in PROBES if probe.needs is Needs.NOTHING]
-RAW = [probe for probe in PROBES if probe.needs is Needs.NET_RAW]
 
 
 def idle(name: str) -> tuple[str, ...]:
@@ -51,9 +48,7 @@ def idle(name: str) -> tuple[str, ...]:
 
 def prober(engine: Dockerd, name: str) -> tuple[str, ...]:
     """The prefix of a command in that container; where our Python is, it finds its own."""
-    path = Path(sys.executable)
-    script = f"mkdir -p {path.parent}; ln -sf /usr/bin/python3 {path}"
-    assert engine.docker("exec", name, "sh", "-c", script).returncode == 0
+    assert engine.docker("exec", name, "sh", "-c", LINK).returncode == 0
     command = ("docker", "--host", engine.host, "exec", "--workdir", "/probe")
     return (*command, "--env", "PYTHONPATH=/probe", name)
 
@@ -78,14 +73,6 @@ def test_no_probe_of_a_container_is_on_any_wire(engine: Dockerd) -> None:
     assert {verdict.value for verdict in verdicts} == {Value.CONTAINED}, as_text(verdicts)
     wrong = {probe.name: made[probe.name] for probe in (*PLAIN, *RAW) if not as_meant(probe, made)}
     assert wrong.keys() <= KNOWN, wrong
-
-
-def as_meant(probe: Probe, made: dict[str, Made]) -> bool:
-    """What of an outcome has nothing to do with wires, which are judged by themselves."""
-    answered = made[probe.name].outcome is Outcome.ANSWERED
-    if probe.expect is Expect.TOR:
-        return answered
-    return not answered or (probe.expect is Expect.NOWHERE and probe.control is Control.WIRE)
 
 
 @pytest.mark.promise("P12")

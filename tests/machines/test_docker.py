@@ -11,9 +11,11 @@ from functools import partial
 
 import pytest
 
+from container_probes import KNOWN, LINK, PLAIN, as_meant
 from docker_host import IMAGE
 from docker_machine import ASK, DNS, LIVES, SLEEP, STRAY, Docker
 from driver_host import by_tor
+from nsrun.leak.bench import make
 from nsrun.leak.verdict import Value, judge
 from town import eventually
 
@@ -25,6 +27,7 @@ LONG = pytest.mark.parametrize(
     indirect=True,
     scope="session",
 )
+NO_IPV6 = {"dns-udp6", "dns-site6", "tcp6"}  # containers of the driver have IPv4 only
 GATEWAY, DRIVER = "ttp-gateway@default", "ttp-docker-driver"
 ALWAYS = ("--restart", "always")
 
@@ -64,6 +67,29 @@ def test_both_ways_lead_to_tor_and_nowhere_else(bare: Docker) -> None:
         assert not by_tor(bare.do("run", "--rm", "--network", "plain", IMAGE, *ASK))
         verdict = judge("host", wire.stop(), bare.machine.rules())
     assert verdict.value is Value.LEAK
+
+
+@BOTH
+@pytest.mark.promise("P1", "P2", "P3", "P5", "P6", "P10", "P12")
+@pytest.mark.parametrize("way", ["held", "driven"])
+def test_no_probe_of_a_container_is_on_the_wire(bare: Docker, way: str) -> None:
+    """Every one of `ttp leaktest`, as root in a container with what `ttp docker run` leaves it."""
+    library = next(bare.machine.path("/usr/local/lib/ttp/lib").glob("python3*")).name
+    program = f"/usr/local/lib/ttp/lib/{library}/site-packages/nsrun:/probe/nsrun:ro"
+    for name in ("first", "second"):
+        if way == "held":
+            done = bare.ttp("run", "--", *LIVES, "-v", program, "--name", name, *SLEEP)
+            assert done.returncode == 0, done.stderr
+        else:
+            less = ("--cap-drop", "NET_RAW", "--security-opt", "no-new-privileges")
+            network = ("--network", "tor", *DNS, *less)
+            bare.do("run", *LIVES, *network, "-v", program, "--name", name, *SLEEP)
+    bare.do("exec", "first", "sh", "-c", LINK)
+    enter = ("exec", "--workdir", "/probe", "--env", "PYTHONPATH=/probe", "first")
+    with bare.silent():
+        made = make(bare.machine.command("docker", *enter), bare.world("first", "second"), PLAIN)
+    wrong = {probe.name: made[probe.name] for probe in PLAIN if not as_meant(probe, made)}
+    assert wrong.keys() <= (KNOWN if way == "held" else KNOWN | NO_IPV6), wrong
 
 
 @pytest.mark.promise("P4")
