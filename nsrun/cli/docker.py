@@ -7,9 +7,11 @@ import signal
 import sys
 from contextlib import ExitStack
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
 
 from nsrun import client
 from nsrun.cli import driver, output, settings
@@ -46,7 +48,23 @@ Pcap = Annotated[
 PULL = "outside of Tor, docker pull {}; or ttp docker run -- --pull missing …"
 
 
-@app.command(context_settings={"allow_interspersed_args": False})
+class _Run(TyperCommand):
+    """Tells who forgot ``--``, or takes it for ``ttp run``, what is the matter."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except TyperException as error:
+            from nsrun.containers.options import misplaced
+
+            option = getattr(error, "option_name", "")
+            cause, hint = misplaced(option)
+            if cause:
+                raise UsageError(f"run a container with {option}", cause, hint) from None
+            raise
+
+
+@app.command(cls=_Run, context_settings={"allow_interspersed_args": False})
 def run(
     arguments: Annotated[
         list[str],

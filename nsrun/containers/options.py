@@ -74,6 +74,13 @@ REFUSED = {
     "userns": "it would have power over the network of its holder (P10)",
     "volumes-from": "they may lead to sockets of the host; mount what you need (P6)",
 }
+#: Options of ``ttp run`` that docker has no word for: why not, and what to do.
+OF_COMMANDS = {
+    "strict": ("Docker confines it", "ttp docker run -- --read-only --user … IMAGE"),
+    "allow-socket": ("Docker confines it", "ttp docker run -- --volume … IMAGE"),
+    "timeout": ("it is docker's to end a container", "docker stop, or timeout(1) in it"),
+    "json-status-fd": ("docker tells what runs", "docker inspect, or ttp docker ps --json"),
+}
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,14 @@ def parse(words: list[str]) -> Wanted:
         last.get("pull", ""),
         last.get("log-driver", ""),
     )
+
+
+def misplaced(option: str) -> tuple[str, str]:
+    """Why an option is none of ttp's, before ``--``, and what to do; empty if it is a mistake."""
+    name = SHORT.get(option.lstrip("-"), option.removeprefix("--"))
+    if name in FLAGS | VALUES:
+        return "it is docker's, whose options stand after --", f"ttp docker run -- {option} … IMAGE"
+    return OF_COMMANDS.get(name, ("", ""))
 
 
 def check_made(limits: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lab_helpers import TTP
 from nsrun.containers import doors, pause
-from nsrun.containers.options import check_made, parse
+from nsrun.containers.options import check_made, misplaced, parse
 from nsrun.errors import UsageError
 
 
@@ -45,6 +46,26 @@ def test_a_line_is_told_apart_as_docker_does() -> None:
     assert "--privileged=false -i -t -u root" in kept
     assert "box" not in kept
     assert parse(["--", "-odd"]).image == "-odd"
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        *(("-i", "docker's"), ("--volume", "docker's"), ("--privileged", "docker's")),
+        *(("--strict", "Docker confines it"), ("--timeout", "docker's to end"), ("--stirct", "")),
+    ],
+)
+def test_who_forgets_the_dashes_is_told_so(option: str, why: str) -> None:
+    """Options of docker's, and of ttp run, stand out from mistakes; ttp's own are not asked for."""
+    line = [TTP, "docker", "run", option, "image"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 125
+    told = (
+        f"ttp: cannot run a container with {option}: " if why else "ttp: no such option: --stirct"
+    )
+    assert done.stderr.startswith(told)
+    assert why in done.stderr
+    assert misplaced("--socks") == ("", "")
 
 
 @pytest.mark.promise("P3", "P6", "P10")
