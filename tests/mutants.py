@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nsrun import plan
 from nsrun.address import BLOCKS
+from nsrun.host import rules
+from nsrun.host.policy import HostPolicy
 from nsrun.ruleset import PRIVATE4, PRIVATE6
 from nsrun.spec import Caller, GatewaySpec, RunSpec, Strict
 from nsrun.steps import AttachNamespace, Ip, LoadRules, SetSysctl, StartTor, Step
 
 PLAN, STEPS, SECCOMP = "nsrun/plan.py", "nsrun/steps.py", "nsrun/seccomp.py"
+RULES = "nsrun/host/rules.py"
 
 # Selections of tests, each in the order in which they are quick to notice.
 START = ("tests/stories/test_tor_start.py",)
@@ -45,6 +48,7 @@ def mutants() -> list[Mutant]:
     """Every one, from what the plan holds now."""
     found = [
         *(*_rules(), *_weaker_rules(), *_private_addresses(), *_policies()),
+        *_host_rules(),
         *(*_parameters(), *_links()),
         *(*_operations(), *_weaker_operations(), *_strict_operations()),
         *(*_capabilities(), *_calls(), *_strict_calls(), *_tor()),
@@ -130,6 +134,40 @@ def _mutated(text, chain, old, new):
     assert changed != body
     return begin + head + changed + tail + end
 """
+
+
+# ---- rules of the whole host -------------------------------------------------------------------
+
+HOST = HostPolicy(tor_uid=100)
+MODES = (
+    replace(HOST, allow_root=True, bypass_users=(1,), bypass_groups=(1,), bypass_cgroup="x"),
+    replace(HOST, ipv6=False, gateway_for=("x",)),
+    replace(HOST, own="users", users=(1,)),
+    replace(HOST, own="onion"),
+    replace(HOST, gateway_for=("x",)),
+)
+
+
+def _host_rules() -> Iterator[Mutant]:
+    """One form is enough: the others are made from the same values."""
+    killers = ("tests/stories/test_host_rules.py", "-k", "not iptables and not firehol")
+    found = (
+        (chain.name, rule.why)
+        for mode in MODES
+        for chain in rules.chains(mode)
+        for rule in chain.rules
+    )
+    for name, why in dict.fromkeys(found):
+        left = f"(one.name, rule.why) != ({name!r}, {why!r})"
+        text = f"""
+_chains = chains
+def chains(policy):
+    return tuple(
+        replace(one, rules=tuple(rule for rule in one.rules if {left}))
+        for one in _chains(policy)
+    )
+"""
+        yield Mutant(f"host rule {name}: {why}", {RULES: text}, killers)
 
 
 # ---- kernel parameters and links ---------------------------------------------------------------

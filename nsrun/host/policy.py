@@ -47,7 +47,7 @@ AUTOMAPS = ("10.192.0.0/10", "100.96.0.0/11", "172.24.0.0/13")
 Own = Literal["all", "users", "onion", "none"]
 """Which of the machine's own traffic is caught."""
 
-_INTERFACE = re.compile(r"[A-Za-z0-9_.:@-]{1,14}[A-Za-z0-9_.:@*-]")
+_INTERFACE = re.compile(r"(?!-)(?:[A-Za-z0-9_.:@-]{1,15}|[A-Za-z0-9_.:@-]{1,14}\*)")
 _CGROUP = re.compile(r"[A-Za-z0-9_.@-]+")
 
 
@@ -95,13 +95,22 @@ class HostPolicy:
             raise UsageError(doing, "users are caught, but none is named")
         if self.own == "none" and not self.gateway_for:
             raise UsageError(doing, "neither this machine's traffic nor a LAN's is caught")
+        exempt = self.allow_root or self.bypass_users or self.bypass_groups or self.bypass_cgroup
+        if self.own == "none" and exempt:
+            raise UsageError(doing, "nobody here is caught, so that nobody can be exempt")
+        if {*self.users} & {*self.bypass_users, *((0,) if self.allow_root else ())}:
+            raise UsageError(doing, "a user cannot be caught and be exempt")
+        if self.own == "onion" and not (self.lan or self.gateway_for):
+            raise UsageError(doing, "only .onion is caught, so that the LAN is left alone")
         if self.trans_port == self.dns_port:
             raise UsageError(doing, f"port {self.dns_port} cannot be for TCP and for DNS at once")
         if self.tor_uid in (*self.bypass_users, *self.users):
             raise UsageError(doing, f"Tor runs as uid {self.tor_uid}, which is not a user of it")
         for name in self.gateway_for:
-            if not _INTERFACE.fullmatch(name) or name.rstrip("*") == "lo":
+            if not _INTERFACE.fullmatch(name):
                 raise UsageError(doing, f"{name!r} is no name of an interface")
+            if name == "lo" or (name.endswith("*") and "lo".startswith(name[:-1])):
+                raise UsageError(doing, f"{name!r} is loopback, too, where nobody else is")
         if self.bypass_cgroup and not _CGROUP.fullmatch(self.bypass_cgroup):
             raise UsageError(doing, f"{self.bypass_cgroup!r} is no name of a control group")
 

@@ -110,7 +110,6 @@ def _redirects(policy: HostPolicy) -> Iterator[Rule]:
     """DNS on loopback first, for whoever is exempt too: nobody else answers there. Elsewhere,
     DNS of the exempt is theirs."""
     who = policy.users
-    yield from _no_ipv6(policy)
     yield Rule("P1 Tor itself leaves", "return", users=(policy.tor_uid,))
     yield Rule(
         "P2 DNS on loopback goes to Tor",
@@ -205,10 +204,10 @@ def _onion_redirects(policy: HostPolicy) -> Iterator[Rule]:
 def _onion_refusals(policy: HostPolicy) -> Iterator[Rule]:
     """A name of .onion is asked of nobody but Tor, and its address reaches nobody else."""
     yield _LOOPBACK
+    yield from _ipv6_refused(policy)
     yield from _redirected()
     yield Rule("P1 Tor itself leaves", "accept", users=(policy.tor_uid,), protocol="tcp")
     yield from _exempt(policy)
-    yield Rule("P5 answers to who asks this machine", "accept", reply=True)
     yield from _other_resolvers()
     yield from _stray_onion(policy)
 
@@ -273,11 +272,6 @@ def _refuse_all() -> Iterator[Rule]:
     yield Rule("P3 all else is refused", "refuse")
 
 
-def _no_ipv6(policy: HostPolicy) -> Iterator[Rule]:
-    if not policy.ipv6:
-        yield Rule("P3 IPv6 is refused below", "return", ipv6_only=True)
-
-
 def _ipv6_refused(policy: HostPolicy) -> Iterator[Rule]:
     if not policy.ipv6:
         yield Rule("P3 TCP by IPv6 is refused", "reset", ipv6_only=True, protocol="tcp")
@@ -290,7 +284,8 @@ def _ipv6_refused(policy: HostPolicy) -> Iterator[Rule]:
 def _arriving(policy: HostPolicy) -> Iterator[Rule]:
     """DNS even if this machine itself was asked: it is the resolver of its LAN."""
     mine = policy.gateway_for
-    yield from _no_ipv6(policy)
+    if not policy.ipv6:
+        yield Rule("P3 IPv6 is refused below", "return", ipv6_only=True)
     yield Rule(
         "P2 DNS of the LAN goes to Tor", policy.dns_port, iif=mine, protocol="udp", dport=_DNS
     )
@@ -328,7 +323,9 @@ def _to_the_lan(policy: HostPolicy) -> Iterator[Rule]:
 
 def _forwarded(policy: HostPolicy) -> Iterator[Rule]:
     """Containers' and virtual machines' packets, too: never silently past Tor."""
-    rules = [*_ipv6_refused(policy), *_other_resolvers(), *_stray_onion(policy)]
+    rules = [*_other_resolvers(), *_stray_onion(policy)]
+    if not policy.ipv6:  # in silence, as no answer by IPv6 would leave either
+        rules.append(Rule("P3 IPv6 is not forwarded", "drop", ipv6_only=True))
     if policy.lan:
         for version, networks in (("ipv4", LAN4), ("ipv6", LAN6)):
             why = f"P3 from LAN to LAN, directly, {version}"

@@ -8,6 +8,7 @@ silence is expected, the same stimulus is heard once the rules are taken away.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import struct
@@ -72,6 +73,13 @@ def udp(actor: Actor, host: str = SITE4, port: int = 443) -> None:
 def tcp(actor: Actor, host: str = SITE4, port: int = 80) -> bytes:
     with actor.connect(host, port) as connection:
         return connection.recv(100)
+
+
+def knock(actor: Actor, host: str) -> None:
+    """Begin a TCP connection, and do not wait for it."""
+    with actor.open(socket.AF_INET6, socket.SOCK_STREAM) as connection:
+        connection.setblocking(False)
+        connection.connect_ex((host, 80))
 
 
 def ping(actor: Actor, host: str = SITE4) -> None:
@@ -450,9 +458,69 @@ def test_a_middlebox_sends_its_lan_through_tor(town: HostTown, own: str) -> None
             refused(partial(tcp, town.guest, host, port))
     assert not frames
     assert town.heard[0] == (GUEST4, SITE4, 80)
+    heard = len(town.heard)
+    for host in (LAN4, LAN6):
+        assert b"world" in tcp(town.guest, host)
+    assert len(town.heard) == heard
     assert (b"stand-in" if own == "all" else b"world") in tcp(town.alice)
     acts = [partial(act, town.guest, to) for to in (SITE4, SITE6) for act in (udp, ping)]
     town.contained(*acts)
+
+
+@pytest.mark.promise("P3")
+def test_a_middlebox_serves_its_lan_and_says_what_it_refuses(town: HostTown) -> None:
+    """At whatever address of its own; an error reaches a LAN that is not to be bypassed, too."""
+    town.load(replace(MIDDLEBOX, own="all", lan=False))
+    with town.root.open(socket.AF_INET6, socket.SOCK_STREAM) as service:
+        service.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        service.bind(("::", 8080))
+        service.listen()
+        for host in (HOST4, HOST6, TO_GUEST4, TO_GUEST6):
+            town.guest.connect(host, 8080).close()
+            service.accept()[0].close()
+    assert not town.heard
+    for site in (SITE4, SITE6):
+        with town.guest.send(site, 443, TOKEN) as flow:
+            refused(partial(flow.recv, 100))
+
+
+@pytest.mark.promise("P3")
+def test_a_middlebox_without_ipv6_is_no_router_of_it(nft_town: HostTown) -> None:
+    """It is not found; and who knows where it is, reaches neither Tor nor others of the LAN."""
+    town = nft_town
+    town.load(replace(MIDDLEBOX, own="all", ipv6=False))
+    with pytest.raises(OSError):
+        town.guest.connect(TO_GUEST6, 80, 0.5)
+    (link,) = json.loads(town.root.run("ip", "-j", "link", "show", "eth1"))
+    known = ("lladdr", link["address"], "dev", "eth0", "nud", "permanent")
+    town.guest.run("ip", "neigh", "replace", TO_GUEST6, *known)
+    guest, sites = town.guest, (SITE6, LAN6)
+    acts: list[Callable[[], object]] = [
+        partial(udp, guest, to, port) for to in sites for port in (53, 443)
+    ]
+    town.contained(*acts, *(partial(knock, guest, to) for to in sites))
+    assert not town.heard
+
+
+def test_a_middlebox_gives_its_lan_addresses(town: HostTown) -> None:
+    """By DHCP of both versions and by announcing itself as a router; towards the LAN only."""
+    town.load(replace(MIDDLEBOX, own="all", lan=False))
+    for target, source, port in (("255.255.255.255", 67, 68), ("ff02::1", 547, 546)):
+        family = socket.AF_INET6 if ":" in target else socket.AF_INET
+        with town.root.open(family, socket.SOCK_DGRAM) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("", source))
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth1")
+            server.sendto(TOKEN, (target, port))
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+            with pytest.raises(PermissionError):
+                server.sendto(TOKEN, (target, port))
+    with town.root.open(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as router:
+        router.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+        router.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth1")
+        announcement = struct.pack(">BBHBBHII", 134, 0, 0, 64, 0, 0, 0, 0)
+        router.sendto(announcement, ("ff02::1", 0))
 
 
 @pytest.mark.promise("P5")
@@ -492,16 +560,21 @@ def test_only_the_users_that_were_named_go_through_tor(town: HostTown) -> None:
 
 
 @pytest.mark.promise("P3")
-def test_only_users_that_conntrack_forgot_are_not_let_out(town: HostTown) -> None:
-    """A packet that no open socket owns any more has no user: it could be theirs."""
+def test_what_a_closed_connection_still_sends_is_not_let_out(town: HostTown) -> None:
+    """It has no user any more. Once conntrack has forgotten it, it would be nobody's."""
     town.load(replace(ALL, own="users", users=(ALICE,)))
     connection = town.alice.connect(SITE4, 443)
+    while connection.recv(100):  # else it would end with a reset
+        pass
+    town.nft("table inet lost { chain c { type filter hook input priority 0; policy drop; }; }")
+    connection.sendall(TOKEN)
+    connection.close()
     with town.world_hears() as frames:
-        connection.setblocking(False)
         town.root.run("conntrack", "-F")
-        connection.close()
-        time.sleep(0.3)  # the kernel sends a FIN again after 0.2 s
+        time.sleep(0.7)  # the kernel sends it again after 0.2 s, then 0.4 s
     assert not frames
+    town.unguarded()
+    town.passes(partial(time.sleep, 1))  # and once more after 0.8 s
 
 
 @pytest.mark.promise("P2")
@@ -522,6 +595,17 @@ def test_only_onion_services_go_through_tor(town: HostTown) -> None:
         partial(udp, town.alice, ONION6),
         partial(tcp, town.alice, LAN4, 53),
     )
+
+
+@pytest.mark.promise("P3")
+def test_only_onion_services_and_no_ipv6(nft_town: HostTown) -> None:
+    """That is of everybody, whatever else is left alone."""
+    nft_town.load(replace(ALL, own="onion", ipv6=False))
+    assert b"world" in tcp(nft_town.alice)
+    acts = [partial(act, nft_town.alice, site) for site in (SITE6, ONION6) for act in (tcp, udp)]
+    for act in acts:
+        refused(act)
+    nft_town.contained(*acts)
 
 
 # ---- the tables of nft alone ---------------------------------------------------------------------

@@ -13,10 +13,17 @@ from nsrun.host.rules import chains
 WRONG: dict[str, dict[str, Any]] = {
     "are caught, but none": {"own": "users"},
     "neither this machine's traffic": {"own": "none"},
+    "nobody can be exempt": {"own": "none", "gateway_for": ("x",), "bypass_groups": (5,)},
+    "a user cannot be caught": {"own": "users", "users": (0, 5), "allow_root": True},
+    "the LAN is left alone": {"own": "onion", "lan": False},
     "port 9041 cannot be": {"dns_port": 9041},
     "Tor runs as uid 107": {"bypass_users": (107,)},
-    "'lo' is no name": {"gateway_for": ("lo",)},
-    "is no name of an interface": {"gateway_for": ('eth0" accept',)},
+    "'lo' is loopback": {"gateway_for": ("lo",)},
+    "'l.' is loopback": {"gateway_for": ("x", "l*")},
+    '"" accept\' is no name of an interface': {"gateway_for": ('eth0"" accept',)},
+    "'-x' is no name of an interface": {"gateway_for": ("-x",)},
+    "'[*]' is no name of an interface": {"gateway_for": ("*",)},
+    "'a{16}' is no name of an interface": {"gateway_for": ("a" * 16,)},
     "is no name of a control group": {"bypass_cgroup": 'a" accept\n'},
 }
 

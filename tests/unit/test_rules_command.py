@@ -33,7 +33,7 @@ WRONG = {
     "--bypass-group no-such": "there is no group 'no-such'",
     "--bypass-user 4294967295": "there is no user",
     "--bypass-user 5,": "there is no user ''",
-    "--gateway-for lo": "is no name of an interface",
+    "--gateway-for lo": "is loopback",
 }
 
 
