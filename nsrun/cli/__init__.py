@@ -19,7 +19,7 @@ from nsrun.errors import ExitCode, NsrunError, UsageError
 
 UNREAD = (errno.EPIPE, errno.ENOSPC)  # of what has no name, as standard output
 CHECK_LEAK = "check-leak"  # what may be used inside a workload
-GROUPS = ("config", "docker", "gateway", "lab")  # each a module, with its own commands
+GROUPS = ("config", "docker", "gateway", "lab", "watchdog")  # each a module, with its own commands
 ABOUT_WORKLOADS = ("inspect", "kill", "logs", "ps", "refresh", "rm", "wait")  # a module together
 
 

@@ -46,17 +46,21 @@ def check_leak(
     """Try from inside a workload what must not be possible, and ask sites how they see it.
 
     Sites are asked through Tor only. Exit code 0 if all is contained; 1 if anything leaked, or if
-    it could not be proven. Inside a workload, that one is checked.
+    it could not be proven. Inside a workload, that one is checked; where the whole host is behind
+    Tor, the host, unless a gateway is named.
     """
+    from nsrun.host import control, leaks
     from nsrun.leak.machine import Machine, look
     from nsrun.leak.verdict import Value
 
-    inside = (sys.executable, "-P", "-m", "nsrun.leak.inside")
+    inside: tuple[str, ...] = (sys.executable, "-P", "-m", "nsrun.leak.inside")
     if Path(enter.WORKLOAD_MARK).exists():
         if gateway is not None:
             cause = "this process is in a workload, and that one is checked"
             raise UsageError(f"check the gateway {gateway}", cause, "leave out --gateway")
         around, command = Machine(), inside
+    elif gateway is None and control.current() is not None:
+        around, command = look(), leaks.command(control.verified_rules("check-leak"))
     else:
         chosen = ("--gateway", gateway) if gateway is not None else ()
         around, command = look(), (leak.program(), "run", *chosen, "--", *inside)

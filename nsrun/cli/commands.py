@@ -16,6 +16,7 @@ from nsrun.cli import (
     root,
     rules,
     run,
+    watchdog,
     workload,
 )
 
@@ -24,6 +25,7 @@ app.add_typer(gateway.app, name="gateway")
 app.add_typer(lab.app, name="lab")
 app.add_typer(docker.app, name="docker")
 app.add_typer(config.app, name="config")
+app.add_typer(watchdog.app, name="watchdog")
 run.register(app)
 app.command("plan", cls=run.CLASS, context_settings=run.CONTEXT)(run.takes_request(run.plan))
 workload.register(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from nsrun import client
 from nsrun.cli import output
+from nsrun.cli.run import CONTEXT
 from nsrun.errors import ExitCode, NsrunError, UsageError
 from nsrun.host import bridges, session
 from nsrun.host.session import HostSpec
@@ -73,6 +75,10 @@ Torrc = Annotated[
     Path | None,
     typer.Option("--torrc", help="File with more options for Tor.", dir_okay=False, exists=True),
 ]
+Watchdog = Annotated[
+    bool, typer.Option("--watchdog", "-w", help="See to it that it stays so: ttp watchdog.")
+]
+Command = Annotated[list[str], typer.Argument(metavar="COMMAND [ARGS]…", show_default=False)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every effect, as it happens.")]
 
 
@@ -84,7 +90,7 @@ def start(spec: HostSpec, verbose: bool) -> None:
     """
     from nsrun.host import control
 
-    done = control.start(spec, _ears(verbose))
+    done = control.start(spec, ears(verbose))
     _tell(done, "up" if done.fresh else "up already")
 
 
@@ -95,7 +101,7 @@ def restart(spec: HostSpec, verbose: bool) -> None:
     """
     from nsrun.host import control
 
-    _tell(control.restart(spec, _ears(verbose)), "up")
+    _tell(control.restart(spec, ears(verbose)), "up")
 
 
 def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
@@ -115,6 +121,7 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
         bridge_file: BridgeFile = None,
         bridge: Bridge = None,
         torrc: Torrc = None,
+        watchdog: Watchdog = False,
         verbose: Verbose = False,
     ) -> None:
         lines = _bridges(use_bridges, bridge_file, bridge or [])
@@ -130,6 +137,7 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
             dns_port=dns_port,
             bridges=bridges.check(lines),
             torrc=check_fragment(_text(torrc), str(torrc)) if torrc else "",
+            watchdog=watchdog,
         )
         act(spec, verbose)
 
@@ -137,11 +145,21 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
     return command
 
 
+def close(verbose: Verbose = False) -> None:
+    """Let nothing out, until `ttp start` puts the host behind Tor, or `ttp stop` gives it back.
+
+    For boot, before there is a network. A start from here that fails comes back to here.
+    """
+    from nsrun.host import control
+
+    control.close(ears(verbose))
+
+
 def stop(verbose: Verbose = False) -> None:
     """Take the whole host from behind Tor: what went through Tor is ended first."""
     from nsrun.host import control
 
-    control.stop(_ears(verbose))
+    control.stop(ears(verbose))
     print("stopped: the network is as before")
 
 
@@ -177,7 +195,7 @@ def check(verbose: Verbose = False) -> None:
     """Ask Tor's own service, through Tor, how it sees the host. Exit code 3 if not as Tor."""
     from nsrun.host import control
 
-    _tell(control.check(_ears(verbose)), "up")
+    _tell(control.check(ears(verbose)), "up")
 
 
 def refresh() -> None:
@@ -203,13 +221,51 @@ def is_logging() -> bool:
     return Path(session.RECORD).exists()
 
 
+def bypass(command: Command) -> None:
+    """Run COMMAND past Tor, as who called sudo, while the rest of the host is behind it."""
+    from nsrun.host import control
+
+    control.need_bypass()
+    who: tuple[str, ...] = ()
+    if uid := os.environ.get("SUDO_UID"):
+        gid = os.environ.get("SUDO_GID", uid)
+        who = ("setpriv", f"--reuid={uid}", f"--regid={gid}", "--init-groups", "--")
+    run = ("systemd-run", "--scope", "--quiet", f"--slice={session.BYPASS}", "--", *who, *command)
+    os.execvp(run[0], run)  # its exit code is ours
+
+
+def diagnose() -> None:
+    """Print what there is of the session: for a report. No bridge line is in it."""
+    from nsrun.host import control
+    from nsrun.host.diagnose import sections
+
+    control.need_root("diagnose")
+    for title, text in sections():
+        print(f"# {title}", *(client.visible(line) for line in text.splitlines()), "", sep="\n")
+
+
+def uninstall(verbose: Verbose = False) -> None:
+    """Remove ttp, as make install has installed it, and all that it keeps; stop it first."""
+    from nsrun.host.uninstall import KEPT
+    from nsrun.host.uninstall import uninstall as removed
+
+    for path in removed(ears(verbose)):
+        print(f"removed {path}")
+    for kept in filter(os.path.exists, KEPT):
+        print(f"kept {kept}, which is yours")
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command()(takes_session(start))
+    app.command()(close)
     app.command()(stop)
     app.command()(takes_session(restart))
     app.command()(status)
     app.command()(check)
+    app.command(context_settings=CONTEXT)(bypass)
+    app.command()(diagnose)
+    app.command()(uninstall)
 
 
 def _tell(done: Outcome, state: str) -> None:
@@ -227,7 +283,7 @@ class UnverifiedError(NsrunError):
     code = ExitCode.UNVERIFIED
 
 
-def _ears(verbose: bool) -> Ears:
+def ears(verbose: bool) -> Ears:
     from nsrun.host.control import Ears, nobody
 
     return Ears(client.echo, client.echo if verbose else nobody)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nsrun import inventory
-from nsrun.cli import host, output
+from nsrun.cli import output
 from nsrun.cli.completion import workloads
 from nsrun.client import visible
 from nsrun.errors import GatewayError, NsrunError, UsageError
@@ -127,6 +127,8 @@ def logs(
 ) -> None:
     """Print what the detached workload NAME has printed, or what became of the whole host."""
     if name is None:
+        from nsrun.cli import host
+
         file, watched = host.log(), host.is_logging
     else:
         record = inventory.one(name, gateway).need_record("read the log of")
@@ -187,6 +189,8 @@ def refresh(name: OrHost = None, gateway: Gateway = None) -> None:
     from nsrun.gateway import control
 
     if name is None:
+        from nsrun.cli import host
+
         host.refresh()
         return
     found = inventory.one(name, gateway)

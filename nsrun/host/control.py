@@ -19,12 +19,13 @@ from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from nsrun import paths, ruleset
+from nsrun import paths
 from nsrun.errors import NsrunError, UsageError
 from nsrun.host import facts, machine, oracle, session, tor
-from nsrun.host.plan import full_rules, start_steps
+from nsrun.host.plan import start_steps
+from nsrun.host.rules import render_closed
 from nsrun.host.session import HostSpec, Session
-from nsrun.host.steps import CutHost, OpenHost, TorifyHost
+from nsrun.host.steps import CloseHost, CutHost, HostStep, OpenHost, TorifyHost
 
 LOG_BYTES = 1 << 20
 Tell = Callable[[str], None]
@@ -68,19 +69,36 @@ def start(spec: HostSpec, ears: Ears) -> Outcome:
     One that is up already, with the same options, is looked at and left alone.
     """
     need_root("start")
-    with _lock(), _log(ears) as told:
+    with lock(), _log(ears) as told:
         found = current()
         if found is not None and found.state == "up":
             return _again(found, spec, told)
-        if found is not None:
+        if found is not None and found.state != "closed":
             told.words("an earlier command was killed: what it left is taken back, closed")
         return _start(spec, found, told)
+
+
+def close(ears: Ears) -> None:
+    """Close the network before there is one, for a start that is to come; stop opens it.
+
+    Nothing but loopback, answers and the machine's own address is let through. Raises NsrunError.
+    """
+    need_root("start")
+    with lock(), _log(ears) as told:
+        if current() is None:
+            made = Session(HostSpec(), facts.probe(HostSpec()), os.getpid(), time.time(), "closed")
+            _close(made, told)
+
+
+def _close(made: Session, told: Ears) -> None:
+    write_record(made)
+    machine.HostMachine(told.effects).do(CloseHost(render_closed()))
 
 
 def restart(spec: HostSpec, ears: Ears) -> Outcome:
     """Another session in the place of the one that there is, if any, without a moment between."""
     need_root("restart")
-    with _lock(), _log(ears) as told:
+    with lock(), _log(ears) as told:
         found = current()
         facts.probe(spec)  # what is wrong with the request is said while all is as it was
         return _start(spec, found, told)
@@ -94,14 +112,15 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
         facts.check_ports(spec)
         helpers = facts.helpers(spec.bridges)
         made = Session(spec, facts.probe(spec), os.getpid(), time.time())
-        made = replace(made, rules=ruleset.outline(full_rules(made)))
-        _write_record(made)
+        write_record(made)
         host = machine.HostMachine(told.effects)
         for step in start_steps(made, helpers):
             if isinstance(step, TorifyHost):
                 made = replace(made, redirected=True)
-                _write_record(made)
+                write_record(made)
             host.do(step)
+            if isinstance(step, TorifyHost):
+                made = replace(made, rules=machine.fingerprint())
         tor.await_bootstrap(
             spec.bootstrap_timeout,
             lambda percent, words: told.words(f"Tor {percent} %: {words}"),
@@ -109,7 +128,10 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
     except BaseException:
         if made is not None:
             told.words("it failed: all is taken back")
-            _take_back(made, told)
+            closed = before is not None and before.state == "closed"
+            _take_back(made, told, stay_closed=closed)
+            if before is not None and closed:
+                _close(before, told)  # as it was
         raise
     return _verified(made, told, fresh=True)
 
@@ -120,7 +142,7 @@ def stop(ears: Ears) -> None:
     Raises NsrunError: then the host stays closed, and stop can be tried again.
     """
     need_root("stop")
-    with _lock(), _log(ears) as told:
+    with lock(), _log(ears) as told:
         found = current()
         if found is None:
             raise UsageError("stop", "the host is not behind Tor", "ttp status")
@@ -134,14 +156,51 @@ def refresh() -> None:
     tor.renew()
 
 
+def watch(*, on: bool, ears: Ears) -> None:
+    """Start or stop the watchdog of the session. Raises NsrunError."""
+    doing = "watchdog start" if on else "watchdog stop"
+    need_root(doing)
+    with lock(), _log(ears) as told:
+        found = _need_session(doing)
+        watched = found.at(found.state, spec=replace(found.spec, watchdog=True))
+        host = machine.HostMachine(told.effects)
+        *_, step = steps_of(watched)  # it is the last
+        inverse = step.undo()
+        if on:
+            write_record(watched)
+            host.do(step)
+        elif inverse is not None:
+            host.do(inverse)
+            write_record(found.at(found.state, spec=replace(found.spec, watchdog=False)))
+
+
 def check(ears: Ears) -> Outcome:
     """Look whether the host is behind Tor, from the rules to the exit. Raises NsrunError.
 
     Nobody is asked before the rules were read back, so that it is asked by Tor.
     """
     need_root("check")
-    with _lock(), _log(ears) as told:
+    with lock(), _log(ears) as told:
         return _verified(_need_session("check"), told, fresh=False)
+
+
+def verified_rules(doing: str) -> Session:
+    """The session, if its rules are as they were loaded: somebody may be asked, by Tor."""
+    need_root(doing)
+    found = _need_session(doing)
+    machine.verify(found.rules)
+    return found
+
+
+def need_bypass() -> None:
+    """Raises UsageError unless a command can be let past Tor now, by us."""
+    need_root("bypass")
+    if not _need_session("bypass").facts.cgroups:
+        raise UsageError(
+            "bypass Tor",
+            "this machine has control groups of version 1",
+            "--bypass-user and --bypass-group need none",
+        )
 
 
 def need_root(doing: str) -> None:
@@ -172,8 +231,13 @@ def _verified(found: Session, told: Ears, *, fresh: bool) -> Outcome:
     why = seen.error or f"seen as {seen.address}, which is not Tor's"
     told.effects(f"verified: seen as {seen.address}" if seen.is_tor else f"not verified: {why}")
     found = found.at("up", exit=seen.address if seen.is_tor else "")
-    _write_record(found)
+    write_record(found)
     return Outcome(found, seen, fresh)
+
+
+def steps_of(found: Session) -> tuple[HostStep, ...]:
+    """The plan of a session as its record has it: without bridges, and so not for Tor to read."""
+    return start_steps(found, {})
 
 
 def _take_back(found: Session, told: Ears, *, stay_closed: bool = False) -> None:
@@ -181,9 +245,9 @@ def _take_back(found: Session, told: Ears, *, stay_closed: bool = False) -> None
 
     With ``stay_closed`` the last is left out, and the record stays, for another start.
     """
-    _write_record(found.at("stopping"))
+    write_record(found.at("stopping"))
     host = machine.HostMachine(told.effects)
-    for step in reversed(start_steps(found, {})):
+    for step in reversed(steps_of(found)):
         inverse = step.undo()
         if isinstance(inverse, CutHost) and not found.redirected:
             continue  # of connections that were there before, none went through Tor
@@ -194,7 +258,7 @@ def _take_back(found: Session, told: Ears, *, stay_closed: bool = False) -> None
     Path(session.RECORD).unlink(missing_ok=True)
 
 
-def _write_record(found: Session) -> None:
+def write_record(found: Session) -> None:
     """Whole or not at all: who is killed here leaves the one of before."""
     new = f"{session.RECORD}.new"
     Path(new).unlink(missing_ok=True)
@@ -205,12 +269,12 @@ def _write_record(found: Session) -> None:
 
 
 @contextmanager
-def _lock() -> Iterator[None]:
+def lock(*, wait: bool = False) -> Iterator[None]:
     """One command at a time changes the host; the lock goes with the process."""
     paths.make_private(session.RUNTIME)
     directory = os.open(session.RUNTIME, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(directory, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     except BlockingIOError as error:
         hint = "wait until it has ended"

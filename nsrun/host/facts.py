@@ -7,13 +7,14 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from nsrun import facts, netlink
 from nsrun.errors import MissingError, UsageError
-from nsrun.host import bridges, flows, people, session
+from nsrun.host import bridges, flows, machine, people, session
 from nsrun.host.policy import choose_automap
 from nsrun.host.session import HostFacts, HostSpec
 
@@ -32,19 +33,26 @@ def probe(spec: HostSpec) -> HostFacts:
         raise MissingError(DOING, "there is no user for Tor", "install the package tor")
     return HostFacts(
         tor=tor,
+        python=sys.executable,
         tor_uid=found.tor_uid,
         tor_gid=found.tor_gid,
         interface=_interface(spec.interface),
         ipv6=_has_ipv6(),
         reaches_ipv6=found.ipv6 and spec.ipv6,
         automap4=choose_automap(found.networks),
-        resolv_conf=os.path.realpath("/etc/resolv.conf"),
-        resolved=_is_active("systemd-resolved.service"),
+        resolv_confs=(resolv_conf(),),
+        resolved=machine.is_active(machine.RESOLVED_UNIT),
         services=_services(),
         bypass_uids=people.exempt_users(DOING, spec.bypass_users),
         bypass_gids=people.exempt_groups(DOING, spec.bypass_groups),
+        cgroups=Path("/sys/fs/cgroup/cgroup.controllers").exists(),
         made=_absent("/run/tor", session.TOR_RUNTIME),
     )
+
+
+def resolv_conf() -> str:
+    """The real path of /etc/resolv.conf, behind every symlink."""
+    return os.path.realpath("/etc/resolv.conf")
 
 
 def check_ports(spec: HostSpec) -> None:
@@ -109,10 +117,6 @@ def _services() -> tuple[int, ...]:
     with netlink.connect(flows.NETLINK_SOCK_DIAG) as diag:
         listening = [one for one in flows.sockets(diag) if one.state == flows.LISTEN]
     return tuple(sorted({one.ends[1] for one in listening if not one.ends[0].is_loopback}))
-
-
-def _is_active(unit: str) -> bool:
-    return subprocess.run(("systemctl", "--quiet", "is-active", unit)).returncode == 0
 
 
 def _absent(*directories: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 
 from nsrun import linux, ruleset
@@ -79,7 +80,7 @@ class HostMachine:
             case LeadResolved(path, text):
                 Path(path).parent.mkdir(exist_ok=True)
                 _write(path, text)
-                _restart_resolved()
+                restart(RESOLVED_UNIT)
             case FreeResolved(path):
                 _free_resolved(path)
             case _:
@@ -89,25 +90,35 @@ class HostMachine:
 def load(text: str) -> None:
     """One nft transaction; a table in it is read back and compared (P12). Raises NsrunError."""
     nft(("-f", "-"), text)
-    if wanted := ruleset.outline(text):
-        verify(wanted)
+    wanted = ruleset.outline(text)
+    if wanted and ruleset.outline(listed()) != wanted:
+        raise _tampered()
 
 
-def verify(wanted: Sequence[str]) -> None:
-    """Raises VerifyError unless the kernel has our table, as it was sent."""
-    if ruleset.outline(listed()) != tuple(wanted):
-        raise VerifyError(
-            "rely on the rules of the host",
-            "the kernel lists other rules than were sent",
-            "another program may be changing them; `ttp restart` loads them anew",
-        )
+def fingerprint() -> str:
+    """Of our table, as the kernel lists it: a rule more, or one that is weakened, changes it."""
+    return sha256(listed().encode()).hexdigest()
+
+
+def verify(wanted: str) -> None:
+    """Raises VerifyError unless our table still has this fingerprint."""
+    if fingerprint() != wanted:
+        raise _tampered()
+
+
+def _tampered() -> VerifyError:
+    return VerifyError(
+        "rely on the rules of the host",
+        "the kernel lists other rules than were sent",
+        "another program may be changing them; `ttp restart` loads them anew",
+    )
 
 
 def listed() -> str:
     """Our table as the kernel lists it; empty if there is none."""
     if TABLE not in nft(("list", "tables")):
         return ""
-    return nft(("list", "table", *TABLE.split()))
+    return nft(("--stateless", "list", "table", *TABLE.split()))
 
 
 def nft(arguments: Sequence[str], text: str = "") -> str:
@@ -135,6 +146,25 @@ def systemctl(*arguments: str) -> None:
         raise NsrunError(f"systemctl {' '.join(arguments)}", said, f"journalctl --unit {unit}")
 
 
+def is_active(unit: str) -> bool:
+    """Whether it runs, or is about to: systemd starts some again by itself."""
+    states = ("active", "activating", "reloading")
+    done = subprocess.run(("systemctl", "is-active", unit), capture_output=True, text=True)
+    return done.stdout.strip() in states
+
+
+def main_process(unit: str) -> int:
+    """0 if it does not run; needs no privilege."""
+    command = ("systemctl", "show", "--property=MainPID", "--value", unit)
+    return int(subprocess.run(command, capture_output=True, text=True).stdout.strip() or 0)
+
+
+def restart(unit: str) -> None:
+    """systemd starts nothing more often than a few times in ten seconds, if it is not told to."""
+    subprocess.run(("systemctl", "--quiet", "reset-failed", unit), capture_output=True)
+    systemctl("restart", unit)
+
+
 def _write(path: str, text: str) -> None:
     """Anew, for all to read: no link that lies there is followed."""
     Path(path).unlink(missing_ok=True)
@@ -144,8 +174,11 @@ def _write(path: str, text: str) -> None:
 
 
 def _stop(path: str, name: str) -> None:
+    """A slice with commands in it stays until these have ended: they are not ours to end."""
     if Path(path).exists():
-        systemctl("stop", name)
+        busy = Path(f"/sys/fs/cgroup/{name}/cgroup.events")  # of a slice (cgroups(7))
+        if not (busy.exists() and "populated 1" in busy.read_text()):
+            systemctl("stop", name)
         Path(path).unlink()
         systemctl("daemon-reload")
         # a unit that had failed is remembered without its file
@@ -155,26 +188,19 @@ def _stop(path: str, name: str) -> None:
 def _free_resolved(path: str) -> None:
     """One that does not run has been stopped by an undo that was killed, or that failed."""
     file = Path(path)
-    active = subprocess.run(("systemctl", "--quiet", "is-active", RESOLVED_UNIT)).returncode == 0
-    if file.exists() or not active:
+    if file.exists() or not is_active(RESOLVED_UNIT):
         file.unlink(missing_ok=True)
-        _restart_resolved()
+        restart(RESOLVED_UNIT)
     with suppress(OSError):  # somebody else's drop-ins are in it
         file.parent.rmdir()
 
 
-def _restart_resolved() -> None:
-    """systemd starts nothing more often than a few times in ten seconds, if it is not told to."""
-    subprocess.run(("systemctl", "--quiet", "reset-failed", RESOLVED_UNIT), capture_output=True)
-    systemctl("restart", RESOLVED_UNIT)
-
-
 def _uncover(target: str, source: str) -> None:
-    while _covers(target, source):
+    while covers(target, source):
         linux.umount(target)
 
 
-def _covers(target: str, source: str) -> bool:
+def covers(target: str, source: str) -> bool:
     """Whether what is mounted last at ``target`` is the file ``source`` (proc_pid_mountinfo(5))."""
     mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
     roots = [fields[3] for fields in mounts if fields[4] == target]

@@ -33,8 +33,7 @@ class Seen:
 
 def ask(exempt: tuple[int, ...]) -> Seen:
     """How the host is seen, by a user and a group whose numbers are not ``exempt``."""
-    number = next(uid for uid in UIDS if uid not in exempt)
-    command = [sys.executable, "-P", "-m", "nsrun.host.oracle", str(number)]
+    command = [sys.executable, "-P", "-m", "nsrun.host.oracle", str(caught(exempt))]
     environment = {
         **{name: os.environ[name] for name in ("SSL_CERT_FILE", "LANG") if name in os.environ},
         "PATH": os.defpath,
@@ -55,14 +54,23 @@ def ask(exempt: tuple[int, ...]) -> Seen:
     return Seen(found["IsTor"] is True, str(found["IP"]), found["seconds"])
 
 
-def main() -> None:
-    number = int(sys.argv[1])
-    import encodings.idna  # noqa: F401  while all files can still be read
+def caught(exempt: tuple[int, ...]) -> int:
+    """The number of a user and of a group whom the rules do not exempt."""
+    return next(number for number in UIDS if number not in exempt)
+
+
+def become(number: int) -> None:
+    """Be this user and group, and no more; whatever has to be read is imported by now."""
+    import encodings.idna  # noqa: F401  else by the first name that is looked up
     import ssl  # noqa: F401
 
     os.setgroups([])
     os.setresgid(number, number, number)
     os.setresuid(number, number, number)
+
+
+def main() -> None:
+    become(int(sys.argv[1]))
     begin = time.monotonic()
     try:
         with build_opener(ProxyHandler({})).open(ORACLE, timeout=SECONDS) as answer:

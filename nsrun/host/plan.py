@@ -7,6 +7,7 @@ last. Taking back is these steps' undos from the end, by whoever finds the recor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from nsrun import torrc
 from nsrun.host import bridges, session, units
@@ -26,7 +27,7 @@ from nsrun.steps import MakeDirectory, WriteFile
 
 
 def policy(made: Session) -> HostPolicy:
-    """What the rules let through."""
+    """What the rules let through, but for commands that bypass Tor."""
     spec, facts = made.spec, made.facts
     return HostPolicy(
         tor_uid=facts.tor_uid,
@@ -44,7 +45,8 @@ def policy(made: Session) -> HostPolicy:
 
 def full_rules(made: Session) -> str:
     """The table of a session that is up."""
-    return render(policy(made))
+    exempt = session.BYPASS if made.facts.cgroups else ""
+    return render(replace(policy(made), bypass_cgroup=exempt))
 
 
 def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ...]:
@@ -53,6 +55,12 @@ def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ..
     closed, owner = render_lockdown(policy(made)), (facts.tor_uid, facts.tor_gid)
     return (
         CloseHost(closed),
+        *(
+            # before the rules that name it
+            (StartUnit(f"{session.UNITS}/{session.BYPASS}", units.bypass()),)
+            if facts.cgroups
+            else ()
+        ),
         *(
             OwnDirectory(path, 0o700 if path == session.TOR_RUNTIME else 0o755, *owner)
             for path in facts.made
@@ -67,7 +75,12 @@ def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ..
             else ()
         ),
         WriteFile(session.RESOLV_CONF, units.resolv_conf(), 0o644, 0, 0),
-        CoverFile(facts.resolv_conf, session.RESOLV_CONF),
+        *(CoverFile(path, session.RESOLV_CONF) for path in facts.resolv_confs),
+        *(
+            (StartUnit(f"{session.UNITS}/{session.WATCHDOG}", units.watchdog(facts.python)),)
+            if spec.watchdog
+            else ()
+        ),
     )
 
 

@@ -23,12 +23,13 @@ TORRC = f"{TOR_RUNTIME}/torrc"
 CONTROL = f"{TOR_RUNTIME}/control.sock"
 COOKIE = f"{TOR_RUNTIME}/auth_cookie"
 TOR_STATE = "/var/lib/tor/ttp"
-TOR_UNIT = "ttp-tor.service"
+TOR_UNIT, WATCHDOG = "ttp-tor.service", "ttp-watchdog.service"
+BYPASS = "ttp_bypass.slice"  # no "-": that would be a slice within a slice (systemd.slice(5))
 UNITS = "/run/systemd/system"  # of volatile units: gone at reboot (systemd.unit(5))
 RESOLVED = "/run/systemd/resolved.conf.d/ttp.conf"  # resolved.conf(5)
 TRANS_PORT, DNS_PORT = 9041, 9054
 
-State = Literal["starting", "up", "stopping"]
+State = Literal["closed", "starting", "up", "locked", "stopping"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class HostSpec:
     dns_port: int = DNS_PORT
     bridges: tuple[str, ...] = ()
     torrc: str = ""
+    watchdog: bool = False
 
     def __post_init__(self) -> None:
         check_seconds("--bootstrap-timeout", self.bootstrap_timeout)
@@ -69,31 +71,33 @@ class HostSpec:
 class HostFacts:
     """What was found on this machine; numbers of the users and groups that were named.
 
-    ``resolv_conf`` is the real path of /etc/resolv.conf, behind every symlink. ``made`` are the
-    directories that are not there yet, and so are ours to remove; ``services`` are TCP ports that
-    others may connect to.
+    ``python`` has ttp. ``resolv_confs`` are real paths that /etc/resolv.conf
+    led to. ``made`` are the directories that are not there yet, and so are ours to remove;
+    ``services`` are TCP ports that others may connect to. ``cgroups`` are those of version 2 alone.
     """
 
     tor: str
+    python: str
     tor_uid: int
     tor_gid: int
     interface: str
     ipv6: bool
     reaches_ipv6: bool
     automap4: str
-    resolv_conf: str
+    resolv_confs: tuple[str, ...]
     resolved: bool
     services: tuple[int, ...] = ()
     bypass_uids: tuple[int, ...] = ()
     bypass_gids: tuple[int, ...] = ()
     made: tuple[str, ...] = ()
+    cgroups: bool = False
 
 
 @dataclass(frozen=True)
 class Session:
     """``exit`` is the address that sites saw when it was verified last; empty if never.
 
-    ``since`` is in seconds of the epoch; ``rules`` is the outline of the table as it was loaded.
+    ``since`` is in seconds of the epoch; ``rules`` is the fingerprint of the table as loaded.
     ``redirected`` says that connections may have been led to Tor, and so are to be ended.
     """
 
@@ -103,7 +107,7 @@ class Session:
     since: float
     state: State = "starting"
     exit: str = ""
-    rules: tuple[str, ...] = ()
+    rules: str = ""
     redirected: bool = False
 
     def at(self, state: State, **changes: Any) -> Session:

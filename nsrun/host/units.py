@@ -56,6 +56,36 @@ SystemCallFilter=@system-service
 """
 
 
+def bypass() -> str:
+    """Where commands of ``ttp bypass`` are; the rules know it by its control group."""
+    return "[Unit]\nDescription=Commands that bypass Tor, by ttp\n"
+
+
+def watchdog(python: str) -> str:
+    """It outlives Tor, which it starts again. In the host's mounts, where it mends the resolver."""
+    return f"""\
+[Unit]
+Description=Watchdog of the whole host behind Tor, by ttp
+After={session.TOR_UNIT}
+
+[Service]
+ExecStart={python} -P -m nsrun.host.watchdog
+Restart=on-failure
+RestartSec=1
+UMask=0022
+
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN
+NoNewPrivileges=yes
+RestrictAddressFamilies=AF_UNIX AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service @mount
+"""
+
+
 def resolv_conf() -> str:
     """resolv.conf(5): an address that nobody need listen at, as port 53 is redirected anyway.
 

@@ -14,7 +14,7 @@ import socket
 import struct
 import sys
 from base64 import b32encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha3_256
 from http.client import HTTPException
@@ -22,6 +22,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from nsrun.address import AUTOMAP6, BLOCKS
+from nsrun.host.policy import AUTOMAPS
 from nsrun.leak import machine
 from nsrun.leak.knocks import SECONDS, Came, door, gateways, get, knock, send, words
 from nsrun.leak.machine import Machine
@@ -141,7 +142,8 @@ def _onion() -> str:
 
 def _of_tor(address: str) -> bool:
     found = ip_address(address)
-    return found in AUTOMAP6 or any(found in block.automap for block in BLOCKS)
+    ranges = (*(block.automap for block in BLOCKS), *map(ip_network, AUTOMAPS))
+    return found in AUTOMAP6 or any(found in one for one in ranges)
 
 
 def _libc(_around: Machine) -> list[tuple[str, Came]]:
@@ -333,11 +335,12 @@ CHECKS = (
 )
 
 
-def main() -> None:
+def main(names: Collection[str] = ()) -> None:
+    """Make these checks; all, if none is named."""
     given = json.load(sys.stdin)
     known = {key: tuple(value) for key, value in given.items() if key != "network"}
     around = Machine(network=given["network"], **known)
-    for check in CHECKS:
+    for check in (one for one in CHECKS if not names or one.name in names):
         sys.stdout.write(json.dumps(asdict(check.make(around))) + "\n")
         sys.stdout.flush()
 

@@ -57,7 +57,7 @@ def send(host: str, port: int, payload: bytes = b"ttp check-leak") -> tuple[Came
 
 
 def _refusal(udp: socket.socket, error: OSError) -> Came:
-    """By the gateway, by the kernel before it left, or by somebody who got it (ip(7))."""
+    """By the gateway, by this machine before it left, or by somebody who got it (ip(7))."""
     try:
         _, ancillary, _, _ = udp.recvmsg(1, 512, MSG_ERRQUEUE)
     except OSError:
@@ -69,7 +69,10 @@ def _refusal(udp: socket.socket, error: OSError) -> Came:
         refuser = socket.inet_ntop(socket.AF_INET6, found[24:40])
     else:
         refuser = socket.inet_ntop(socket.AF_INET, found[20:24])
-    if refuser in gateways(udp.getsockname()[0]):
+    own = udp.getsockname()[0]
+    if refuser == own:
+        return Value.CONTAINED, f"refused by this machine, {refuser}"
+    if refuser in gateways(own):
         return Value.CONTAINED, f"refused by the gateway, {refuser}"
     return Value.LEAK, f"it reached {refuser}, who refused it"
 

@@ -13,6 +13,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 import pytest
@@ -21,9 +22,10 @@ from lab_helpers import ORACLE
 from machine import Machine
 from nsrun.host import session
 from nsrun.lab import topology
-from nsrun.leak.frames import Ip, Tcp, Udp
+from nsrun.leak.frames import Frame, Icmp, Ip, Tcp, Udp
 from nsrun.leak.pcap import Capture
-from nsrun.leak.verdict import Value, as_text, judge
+from nsrun.leak.verdict import Rule, TcpToRelays, Value, as_text, judge
+from town import eventually
 
 START = ("ttp", "start", "--torrc", "/etc/ttp/lab.torrc")
 OWN = (topology.HOST, topology.HOST6)
@@ -54,10 +56,23 @@ def watched(machine: Machine) -> Iterator[list[Capture]]:
         seen.append(wire.stop())
 
 
+class ListenerReports:
+    """What a link that comes up sends to routers: to which groups it listens (RFC 9777)."""
+
+    name = "reports of listeners"
+
+    def covers(self, frame: Frame) -> bool:
+        match frame.body:
+            case Ip(target="ff02::16", body=Icmp(kind=143)):
+                return True
+        return False
+
+
 def contained(machine: Machine, capture: Capture, *, expect_some: bool = True) -> None:
     """Nothing but TCP to relays, and neighbours."""
     known = machine.lab.neighbours(*OWN, topology.RESOLVER, topology.LAN_WEB)
-    verdict = judge("p-host", capture, [*machine.lab.rules(*OWN), known], expect_some=expect_some)
+    rules = [*machine.lab.rules(*OWN), known, ListenerReports()]
+    verdict = judge("p-host", capture, rules, expect_some=expect_some)
     assert verdict.value is Value.CONTAINED, as_text([verdict])
 
 
@@ -92,6 +107,9 @@ def test_the_documented_life_of_a_session(host: Machine) -> None:
         host.run("ttp", "refresh", check=True)
         assert as_seen(host, "-4")["IsTor"] is True
         assert as_seen(host, "-6")["IsTor"] is True
+        leaks = host.run("ttp", "check-leak", "-v")
+        assert leaks.returncode == 0, leaks.stdout + leaks.stderr
+        assert leaks.stdout.splitlines()[-3].startswith("contained: 8 checks")
         assert "up already" in host.run(*START, check=True).stdout
         other = host.run(*START, "--allow-root")
         assert other.returncode == 2, other.stderr
@@ -175,6 +193,34 @@ def test_check_asks_nobody_when_the_rules_are_not_as_they_were(host: Machine) ->
     for capture in (before[0], seen[0]):
         assert not to(capture, Tcp, topology.WEB, topology.WEB6)
         assert not to(capture, Udp, topology.RESOLVER, topology.RESOLVER6)
+
+
+AGREE = """
+from dataclasses import replace
+from pathlib import Path
+from nsrun.host import machine, session
+record = Path(session.RECORD)
+found = session.read(record.read_text())
+record.write_text(replace(found, rules=machine.fingerprint()).as_text())
+"""
+
+
+@pytest.mark.promise("P12")
+def test_check_leak_finds_what_is_let_past_tor(host: Machine) -> None:
+    """The control: rules that somebody has opened, and told the record of; and the LAN's checks."""
+    host.run(*START, "--no-lan-bypass", check=True)
+    closed = json.loads(host.run("ttp", "check-leak", "--json").stdout)
+    assert closed["value"] == "contained"
+    assert {"lan", "metadata"} <= {one["name"] for one in closed["checks"]}
+    host.run("nft", "insert", "rule", "inet", "ttp", "filter_out", "accept", check=True)
+    for verb in ("check", "check-leak"):
+        assert "other rules" in host.run("ttp", verb).stderr
+    host.run("nft", "flush", "chain", "inet", "ttp", "output", check=True)
+    host.run(PYTHON, "-c", AGREE, check=True)
+    done = host.run("ttp", "check-leak", "--json")
+    told = {one["name"]: one["value"] for one in json.loads(done.stdout)["checks"]}
+    assert done.returncode == 1
+    assert {told[name] for name in ("is-tor", "address4", "address6", "udp", "lan")} == {"leak"}
 
 
 # ---- what went through Tor, at stop ------------------------------------------------------------
@@ -332,7 +378,7 @@ def is_closed(machine: Machine) -> bool:
 def test_a_start_that_is_killed_at_any_step_is_closed_and_mended(host: Machine) -> None:
     """kill -9 before each: nothing goes out in clear from the first on; stop takes it back."""
     steps = 0
-    while is_killed(host, steps, *START[1:]):
+    while is_killed(host, steps, *START[1:], "--watchdog"):
         assert is_closed(host) is (steps > 0), steps
         host.run("ttp", "stop", check=True)
         assert not is_closed(host)
@@ -343,7 +389,7 @@ def test_a_start_that_is_killed_at_any_step_is_closed_and_mended(host: Machine) 
 @pytest.mark.promise("P4", "P8")
 def test_a_stop_that_is_killed_at_any_step_is_closed_and_goes_on(host: Machine) -> None:
     """kill -9 before each; the next one begins anew, and finds some of it done; start, too."""
-    host.run(*START, check=True)
+    host.run(*START, "--watchdog", check=True)
     steps = 0
     while is_killed(host, steps, "stop"):
         assert is_closed(host), steps
@@ -444,3 +490,251 @@ def test_other_ports_and_an_interface(host: Machine) -> None:
     listening = host.run("ss", "-Hltn", "sport", "=", "19041").stdout
     assert "127.0.0.1:19041" in listening
     assert "interface  lo\n" in host.run("ttp", "status").stdout
+
+
+@pytest.mark.promise("P1", "P2", "P3")
+def test_a_command_that_bypasses_tor_is_alone_in_clear(host: Machine) -> None:
+    """`sudo ttp bypass`: as who called, with his groups, and its exit code; others go to Tor."""
+    assert host.run("ttp", "bypass", "true").returncode == 2
+    host.run(*START, check=True)
+    asked = ("sudo", "ttp", "bypass", *CURL, "-4", f"http://{topology.WEB}/api/ip")
+    done = host.run(*asked, user="alice", check=True)
+    assert json.loads(done.stdout) == {"IsTor": False, "IP": topology.WAN}
+    assert as_seen(host, "-4")["IsTor"] is True
+    who = host.run(
+        "sudo", "ttp", "bypass", "--", "sh", "-c", "id -un; id -Gn; exit 7", user="alice"
+    )
+    assert (who.stdout, who.returncode) == ("alice\nalice\n", 7)
+    assert host.run("ttp", "bypass", "true", user="alice").returncode == 2
+    pipe = subprocess.PIPE
+    with host.start("ttp", "bypass", "cat", stdin=pipe, stdout=pipe) as reader:
+        host.run("ttp", "restart", *START[2:], check=True)
+        assert reader.communicate("still here\n")[0] == "still here\n"  # not ours to end
+
+
+def test_a_diagnosis_tells_all_but_secrets(host: Machine) -> None:
+    """Units, torrc, our table, the resolver; a bridge's address nowhere."""
+    host.run(*START, check=True)
+    host.run("sh", "-c", f"echo Bridge 192.0.2.77:443 >>{session.TORRC}", check=True)
+    told = host.run("ttp", "diagnose", check=True).stdout
+    for words in (session.TOR_UNIT, "chain filter_out", "nameserver 127.0.0.1", "TransPort"):
+        assert words in told
+    assert "192.0.2.77" not in told
+    assert host.run("ttp", "diagnose", user="alice").returncode == 2
+
+
+@pytest.mark.promise("P8")
+def test_uninstalled_nothing_remains(host: Machine) -> None:
+    """In the middle of a session: the network as before, no unit, no file; /etc is the owner's."""
+    assert host.run("ttp", "uninstall", user="alice").returncode == 2
+    keep = "mkdir /root/kept && cp -a /usr/local/bin /usr/local/lib /root/kept"
+    host.run("sh", "-c", keep, check=True)
+    host.run(*START, check=True)
+    done = host.run("ttp", "uninstall", check=True)
+    assert "kept /etc/ttp, which is yours" in done.stdout
+    assert as_seen(host, "-4") == {"IsTor": False, "IP": topology.WAN}
+    left = (
+        "find / -xdev -name '*ttp*' -not -path '/root/*' -not -path '/etc/ttp*' -not -path '*http*'"
+    )
+    found = host.run("sh", "-c", f"{left}; ls -d /run/ttp /var/lib/tor/ttp").stdout
+    assert found == ""
+    host.run("sh", "-c", "cp -a /root/kept/* /usr/local && rm -r /root/kept", check=True)
+    host.run("systemctl", "daemon-reload", check=True)
+    host.run("ttp", "stop")  # begins the log again
+
+
+# ---- from boot on ------------------------------------------------------------------------------
+
+
+@pytest.mark.promise("P3", "P4")
+def test_from_boot_on_nothing_leaves_before_tor(machine: Machine) -> None:
+    """As installed: closed before the network comes up; the whole boot is watched."""
+    host = machine  # not as it was: a boot gives its link another number
+    options = "START_OPTIONS=--torrc /etc/ttp/lab.torrc\n"
+    host.run("sh", "-c", "cat >/etc/default/ttp", text=options, check=True)
+    host.run("systemctl", "--quiet", "enable", "ttp.service", check=True)
+    try:
+        with watched(host) as seen:
+            host.reboot()
+            assert as_seen(host, "-4")["IsTor"] is True
+        contained(host, seen[0])
+        status = host.run("systemctl", "is-active", "ttp-closed", "ttp").stdout
+        assert status == "active\nactive\n"
+    finally:
+        host.run("ttp", "stop", check=True)
+        host.run("systemctl", "--quiet", "disable", "ttp.service", "ttp-closed.service", check=True)
+        host.run("rm", "/etc/default/ttp", check=True)
+        with watched(host) as control:
+            host.reboot()
+            as_seen(host, "-4")
+    assert to(control[0], Udp, topology.RESOLVER, topology.RESOLVER6)
+
+
+@pytest.mark.promise("P4")
+def test_closed_it_stays_closed_when_start_fails(host: Machine) -> None:
+    """`ttp close` lets nothing out; a start that fails comes back to that, and stop opens."""
+    host.run("ttp", "close", check=True)
+    assert host.run("ttp", "status").stdout.startswith("state      closed\n")
+    assert is_closed(host)
+    assert host.run("ttp", "start", "--bootstrap-timeout", "0").returncode == 1
+    assert is_closed(host)
+    assert host.run("ttp", "status").stdout.startswith("state      closed\n")
+    host.run(*START, check=True)
+    assert as_seen(host, "-4")["IsTor"] is True
+    host.run("ttp", "stop", check=True)
+    assert not is_closed(host)
+
+
+# ---- the watchdog ------------------------------------------------------------------------------
+
+
+def state_of(machine: Machine) -> str:
+    return str(json.loads(machine.run("ttp", "status", "--json").stdout)["state"])
+
+
+@pytest.mark.promise("P4")
+def test_the_watchdog_closes_when_rules_are_changed(host: Machine) -> None:
+    """By nobody's command, and within a second or two: a flush, or one rule more."""
+    host.run(*START, "--watchdog", check=True)
+    assert host.run("ttp", "watchdog", "status", user="alice").stdout.startswith("active, process")
+    for change in ("flush ruleset", "insert rule inet ttp filter_out accept"):
+        host.run("nft", *change.split(), check=True)
+        eventually(lambda: state_of(host) == "locked", "the watchdog to close", 2)
+        assert is_closed(host)
+        assert "were changed" in host.journal(session.WATCHDOG)
+        assert host.run("ttp", "restart", *START[2:], "--watchdog").returncode == 0
+        assert state_of(host) == "up"
+    host.run("ttp", "watchdog", "stop", check=True)
+    assert host.run("ttp", "watchdog", "status").returncode == 1
+
+
+@pytest.mark.promise("P4")
+def test_the_watchdog_mends_what_has_failed(host: Machine) -> None:
+    """Tor that has ended, a resolver that was uncovered or exchanged; and it stays (T12)."""
+    host.run(*START, check=True)
+    host.run("ttp", "watchdog", "start", check=True)
+    pid = host.run("systemctl", "show", "-P", "MainPID", session.WATCHDOG).stdout
+    host.run("systemctl", "stop", session.TOR_UNIT, check=True)
+    eventually(
+        lambda: host.run("systemctl", "is-active", session.TOR_UNIT).stdout == "active\n",
+        "Tor to be started again",
+    )
+
+    def covered() -> bool:
+        return "nameserver 127.0.0.1\n" in host.run("cat", "/etc/resolv.conf").stdout
+
+    host.run("umount", "/etc/resolv.conf", check=True)
+    eventually(covered, "the resolver to be covered again", 2)
+    other = f"cd /etc; mv resolv.conf was.conf; echo nameserver {topology.RESOLVER} >resolv.conf"
+    host.run("sh", "-c", other, check=True)
+    eventually(covered, "the other file to be covered", 2)
+    assert state_of(host) == "up"
+    assert host.run("systemctl", "show", "-P", "MainPID", session.WATCHDOG).stdout == pid
+    host.run("ttp", "stop", check=True)
+    host.run("mv", "/etc/was.conf", "/etc/resolv.conf", check=True)
+
+
+FOREIGN = """
+table inet firewalld {
+    chain in { type filter hook input priority 10; policy accept; ct state invalid drop; }
+}
+table ip nat {
+    chain POSTROUTING { type nat hook postrouting priority 100; ip saddr 172.17.0.0/16 masquerade; }
+}
+table inet wg-quick-wg0 {
+    chain postmangle { type filter hook postrouting priority mangle; meta mark 7 ct mark set 1; }
+}
+"""
+
+
+@pytest.mark.promise("P9")
+def test_rules_of_others_stay_as_they_are(host: Machine) -> None:
+    """Those of firewalld, Docker and wg-quick, by their form: with ours beside them, and after."""
+    host.run("nft", "-f", "-", text=FOREIGN, check=True)
+    before = host.run("nft", "--stateless", "list", "ruleset", check=True).stdout
+    host.run(*START, check=True)
+    beside = host.run("nft", "--stateless", "list", "ruleset", check=True).stdout
+    ours = host.run("nft", "--stateless", "list", "table", "inet", "ttp", check=True).stdout
+    assert beside.replace(ours, "").strip() == before.strip()
+    assert as_seen(host, "-4")["IsTor"] is True
+    host.run("ttp", "stop", check=True)
+    assert host.run("nft", "--stateless", "list", "ruleset", check=True).stdout == before
+    for table in ("inet firewalld", "ip nat", "inet wg-quick-wg0"):
+        host.run("nft", "delete", "table", *table.split(), check=True)
+
+
+# ---- where Tor is blocked ----------------------------------------------------------------------
+
+BRIDGE = "11.60.0.1"
+CENSOR = f"""
+table inet censor {{
+    chain forward {{
+        type filter hook forward priority -10; policy accept;
+        ip daddr != {BRIDGE} tcp dport {{ {topology.OR_PORT}, {topology.DIR_PORT} }} drop
+        meta nfproto ipv6 tcp dport {{ {topology.OR_PORT}, {topology.DIR_PORT} }} drop
+    }}
+}}
+"""
+
+
+@contextmanager
+def bridge(machine: Machine, directory: Path) -> Iterator[str]:
+    """A bridge in the lab's internet, and its line; it is in no consensus."""
+    torrc = f"""
+        TestingTorNetwork 1
+        DataDirectory {directory}
+        Nickname hidden
+        ContactInfo none
+        BridgeRelay 1
+        BridgeDistribution none
+        PublishServerDescriptor 0
+        ExitRelay 0
+        AssumeReachable 1
+        SocksPort 0
+        Address {BRIDGE}
+        ORPort {BRIDGE}:{topology.OR_PORT} IPv4Only
+        OutboundBindAddress {BRIDGE}
+        Log notice file {directory}/log
+    """
+    (directory / "torrc").write_text(torrc + str(machine.lab.status()["client_torrc"]))
+    add = ("ip", "address", "add", BRIDGE, "dev", "lo")
+    assert machine.lab.do(*machine.lab.inside_argv("inet", *add)).returncode == 0
+    tor = ("tor", "--defaults-torrc", "/dev/null", "--hush", "-f", f"{directory}/torrc")
+    with subprocess.Popen(machine.lab.inside("inet", *tor)) as process:
+        try:
+            log = directory / "log"
+            done = "Bootstrapped 100%"
+            eventually(lambda: log.exists() and done in log.read_text(), "the bridge", 30)
+            fingerprint = (directory / "fingerprint").read_text().split()[1]
+            yield f"{BRIDGE}:{topology.OR_PORT} {fingerprint}"
+        finally:
+            process.kill()
+            machine.lab.do(
+                *machine.lab.inside_argv("inet", "ip", "address", "del", BRIDGE, "dev", "lo")
+            )
+
+
+@pytest.mark.promise("P1")
+def test_a_bridge_where_every_relay_is_blocked(host: Machine, tmp_path: Path) -> None:
+    """By its line alone, of a file or given: Tor speaks to the bridge, and to no relay."""
+    censor = ("sh", "-c", f"nft -f - <<'E'{CENSOR}E")
+    assert host.lab.do(*host.lab.inside_argv("router", *censor)).returncode == 0
+    try:
+        blocked = host.run(*START, "--bootstrap-timeout", "4")
+        assert blocked.returncode == 1  # the control
+        with bridge(host, tmp_path) as line:
+            host.run("sh", "-c", "cat >/root/bridges", text=f"# mine\nBridge {line}\n", check=True)
+            with watched(host) as seen:
+                up = host.run(*START, "--use-bridges", "--bridge-file", "/root/bridges")
+                assert up.returncode == 0, up.stderr
+                assert as_seen(host, "-4")["IsTor"] is True
+                assert BRIDGE not in host.run("ttp", "diagnose").stdout
+                host.run("ttp", "stop", check=True)
+            host.run("rm", "/root/bridges")
+    finally:
+        host.lab.do(*host.lab.inside_argv("router", "nft", "delete", "table", "inet", "censor"))
+    reached = frozenset({(BRIDGE, topology.OR_PORT)})
+    known = host.lab.neighbours(*OWN, topology.RESOLVER, topology.LAN_WEB)
+    rules: list[Rule] = [TcpToRelays(frozenset(OWN), reached), known, ListenerReports()]
+    verdict = judge("p-host", seen[0], rules, expect_some=True)
+    assert verdict.value is Value.CONTAINED, as_text([verdict])

@@ -30,6 +30,16 @@ def test_systemd_understands_every_line_of_the_unit(tmp_path: Path) -> None:
     assert "LookPersonality" in verify(tmp_path / "ttp-gateway@wrong.service", wrong).stderr
 
 
+@pytest.mark.parametrize("name", ["ttp-closed.service", "ttp.service"])
+def test_systemd_understands_the_units_of_a_whole_host(tmp_path: Path, name: str) -> None:
+    """Each with the other beside it, which it names."""
+    for one in ("ttp-closed.service", "ttp.service"):
+        text = UNIT.with_name(one).read_text()
+        (tmp_path / one).write_text(text.replace("/usr/local/bin/ttp", str(ROOT / "nsrun" / "ttp")))
+    done = verify(tmp_path / name, UNIT.with_name(name).read_text())
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("name", ["notify", "@ttp-test-notify"])
 def test_the_manager_is_told_what_the_supervisor_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
