@@ -182,7 +182,7 @@ def report(found: dict[str, str]) -> str:
 Each guard is taken away or weakened in turn, in a copy of the checkout, by `tests/mutation.py`,
 which also writes this table. {sum(map(bool, found.values()))} of {len(found)} were noticed by a
 test: a mutant that survives is a defect of the tests, or a guard that is not needed.
-`make test` tries four of them, `make torture` all, in ten minutes;
+`make test` tries four of them, `make torture` all, in a quarter of an hour;
 `.venv/bin/python tests/mutation.py --report docs/mutation.md`, as root, writes the table.
 
 | taken away or weakened | noticed by |
