@@ -88,7 +88,7 @@ def installed(suite: str) -> tuple[Path, Path]:
     below, wheels = root(suite), _wheels()
     files = sorted(p for p in (ROOT / "nsrun").rglob("*") if p.suffix != ".pyc" and p.is_file())
     files += [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE", "Makefile")]
-    files.append(ROOT / ".ci" / "setup")
+    files += [ROOT / ".ci" / name for name in ("setup", "man.py", "completions")]
 
     def make(part: Path) -> None:
         source = part / "source"

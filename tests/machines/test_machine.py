@@ -25,9 +25,14 @@ def test_it_is_a_host_of_the_lan_with_resolved(machine: Machine) -> None:
 
 
 def test_ttp_is_on_its_path(machine: Machine) -> None:
-    """Of this checkout, with its unit."""
+    """Of this checkout, with its unit, its man pages and its completion."""
     assert machine.run("ttp", "--version", user="alice", check=True).stdout.startswith("ttp ")
     assert machine.run("systemctl", "cat", "ttp-gateway@default", check=True).returncode == 0
+    share = "/usr/local/share"
+    assert machine.path(f"{share}/man/man1/ttp-run.1").read_text().startswith(".TH TTP-RUN 1 ")
+    loads = f". {share}/bash-completion/completions/ttp && complete -p ttp"
+    assert machine.run("bash", "-c", loads, check=True).stdout.endswith(" ttp\n")
+    assert machine.path(f"{share}/zsh/site-functions/_ttp").read_text().startswith("#compdef ttp")
 
 
 def test_its_sshd_answers_the_lan(machine: Machine, tmp_path: Path) -> None:
