@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
+
 from docker_host import IMAGE, archive
 from lab_helpers import PLAIN_ORACLE, TTP
 from machine import Machine, debian
@@ -16,6 +18,14 @@ from nsrun.leak.bench import Bench
 from nsrun.leak.probes import World
 from nsrun.leak.verdict import Value, as_text, judge
 
+# 26.1, and 28.5 or what unstable has by now; the short of it, and all
+BOTH = pytest.mark.parametrize("engine", ["trixie", "sid"], indirect=True, scope="session")
+LONG = pytest.mark.parametrize(
+    "engine",
+    ["trixie", pytest.param("sid", marks=pytest.mark.torture)],
+    indirect=True,
+    scope="session",
+)
 #: On an internal network Docker asks no resolver of the host's: docs/known-issues.md.
 DNS = ("--dns", "192.0.2.53", "--dns-search", ".")
 ASK = ("curl", "-sS4", "--max-time", "20", PLAIN_ORACLE)

@@ -13,20 +13,12 @@ import pytest
 
 from container_probes import KNOWN, LINK, PLAIN, as_meant
 from docker_host import IMAGE
-from docker_machine import ASK, DNS, LIVES, SLEEP, STRAY, Docker
+from docker_machine import ASK, BOTH, DNS, LIVES, LONG, SLEEP, STRAY, Docker
 from driver_host import by_tor
 from nsrun.leak.bench import make
 from nsrun.leak.verdict import Value, judge
 from town import eventually
 
-# 26.1, and 28.5 or what unstable has by now; the short of it, and all
-BOTH = pytest.mark.parametrize("engine", ["trixie", "sid"], indirect=True, scope="session")
-LONG = pytest.mark.parametrize(
-    "engine",
-    ["trixie", pytest.param("sid", marks=pytest.mark.torture)],
-    indirect=True,
-    scope="session",
-)
 NO_IPV6 = {"dns-udp6", "dns-site6", "tcp6"}  # containers of the driver have IPv4 only
 GATEWAY, DRIVER = "ttp-gateway@default", "ttp-docker-driver"
 ALWAYS = ("--restart", "always")
