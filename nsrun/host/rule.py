@@ -106,7 +106,7 @@ def _words(rule: Rule) -> Iterator[str]:
     if rule.cgroup:
         yield f'socket cgroupv2 level 1 "{rule.cgroup}"'
     if rule.owned:
-        yield "meta skuid >= 0"  # a match on a user that is not there never fits
+        yield "meta skuid 0-4294967294"  # without a user, no match on it fits
     ip = "ip6" if rule.version == 6 else "ip"
     if rule.source:
         yield f"{ip} saddr {_any(rule.source)}"
