@@ -1,4 +1,4 @@
-"""Docker's Engine API by its Unix socket, as far as ttp needs it.
+"""Docker's Engine API by its Unix socket, as far as the start of a container needs it.
 
 In HTTP/1.0 and a connection for each request: the answer is whole when the daemon closes, and never
 in chunks. Without a version in its path, a daemon takes a request as one of its own; all that is

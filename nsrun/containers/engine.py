@@ -1,6 +1,8 @@
 """Docker on this machine: which daemon, and whether its containers are processes that we can see.
 
-What a user watches is left to the docker program, which gets the same address.
+docker-py asks it, but for what the start of a container waits for: importing the library takes as
+long as all else of ours does. That is ``api``. What a user watches is left to the docker program.
+All three get the same address.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nsrun.client import visible
-from nsrun.containers.api import NOT_FOUND, Api, RefusalError
+from nsrun.containers.api import NOT_FOUND, SECONDS, Api, RefusalError
 from nsrun.errors import MissingError, NsrunError, UsageError
+
+if TYPE_CHECKING:
+    from docker import APIClient
 
 SOCKET = "unix:///var/run/docker.sock"
 
@@ -44,7 +49,21 @@ class Engine:
         except RefusalError as error:
             raise NsrunError(what, visible(str(error))) from error
         except OSError as error:
+            if refusal := getattr(error, "explanation", None):  # docker.errors.APIError
+                raise NsrunError(what, visible(str(refusal))) from error
             raise NsrunError(what, *_unreachable(self.host, error)) from error
+
+    @cached_property
+    def library(self) -> APIClient:
+        """docker-py's client of this daemon. Raises NsrunError."""
+        from docker import APIClient
+        from docker.errors import DockerException
+
+        try:
+            return APIClient(self.host, version="auto", timeout=SECONDS)
+        except DockerException as error:
+            cause, hint = _unreachable(self.host, error)
+            raise NsrunError("ask the docker daemon", cause, hint) from error
 
     def command(self, *words: str) -> list[str]:
         """A command line of the docker program, for this daemon."""

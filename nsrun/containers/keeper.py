@@ -41,7 +41,7 @@ def start(engine: Engine) -> None:
     environment |= {"DOCKER_HOST": engine.host, "PYTHONPATH": str(Path(nsrun.__file__).parents[1])}
     subprocess.run(
         # setsid(1) leaves at once: docker, which we become, is to have no child but its own
-        ("setsid", "--fork", sys.executable, "-S", "-P", "-m", "nsrun.containers.keeper"),
+        ("setsid", "--fork", sys.executable, "-P", "-m", "nsrun.containers.keeper"),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -119,12 +119,12 @@ def _start(engine: Engine, holder: Holder, containers: list[str]) -> None:
     )
     resolver = control.resolver(holder.gateway, spec.bootstrap_timeout)
     with engine.doing(f"start {containers[0]} again"), ExitStack() as undo:
-        undo.callback(engine.api.post, "containers", holder.id, "kill")
-        engine.api.start(holder.id)()
+        undo.callback(engine.library.kill, holder.id)
+        engine.library.start(holder.id)
         plugging.plug(engine, holder.id, spec, resolver, pinned=True)
         undo.pop_all()
         for name in containers:
-            engine.api.start(name)()
+            engine.library.start(name)
 
 
 def _error(engine: Engine, container: str) -> str:

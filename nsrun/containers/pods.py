@@ -36,7 +36,7 @@ def found(engine: Engine) -> list[dict[str, str]]:
         for user in holder.users:
             add(user, holder.gateway, holder.workload)
     with engine.doing("list the containers"):
-        running = {one["Id"]: one for one in engine.api.get("containers", "json")}
+        running = {one["Id"]: one for one in engine.library.containers()}
         ours = _networks(engine)
     for one in running.values():
         for end in one["NetworkSettings"]["Networks"].values():
@@ -58,7 +58,7 @@ def _networks(engine: Engine) -> dict[str, str]:
     """Of the driver's, by their id: the gateway."""
     return {
         one["Id"]: (one["Options"] or {}).get("ttp.gateway", "default")
-        for one in engine.api.get("networks")
+        for one in engine.library.networks()
         if one["Driver"] == driver.NAME
     }
 

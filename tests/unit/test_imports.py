@@ -63,7 +63,7 @@ EFFECTS = {"open", "print", "input", "exec", "eval", "__import__", "now", "today
 # Programs that need the whole command line interface.
 ENTRANCES = {"nsrun.__main__", "nsrun.client", "nsrun.gateway.__main__"}
 PRINTING = {"print", "pprint", "typer.echo", "typer.secho", "rich.print"}
-SLOW = {"pyroute2", "stem", "typer", "rich", "json", "re", "socket", "ctypes", "pathlib"}
+SLOW = {"pyroute2", "stem", "docker", "typer", "rich", "json", "re", "socket", "ctypes", "pathlib"}
 
 
 def name_of(file: Path) -> str:
