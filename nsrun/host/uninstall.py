@@ -19,6 +19,13 @@ DOING = "uninstall ttp"
 UNITS = ("ttp.service", "ttp-closed.service", "ttp-gateway@.service")
 DRIVER = Path("/etc/systemd/system/ttp-docker-driver.socket")
 KEPT = ("/etc/ttp", "/etc/default/ttp")
+PACKAGE = Path("/var/lib/dpkg/info/ttp.list")
+SHARED = (  # man pages, and completion
+    "man/man1/ttp*.1",
+    "bash-completion/completions/ttp",
+    "zsh/site-functions/_ttp",
+    "fish/vendor_completions.d/ttp.fish",
+)
 
 
 def uninstall(ears: control.Ears) -> Iterator[str]:
@@ -41,8 +48,9 @@ def uninstall(ears: control.Ears) -> Iterator[str]:
             yield str(unit)
         machine.systemctl("daemon-reload")
     state = (paths.state(), paths.cache(), session.TOR_STATE, session.RUNTIME)
-    for path in (*map(Path, state), prefix / "bin/ttp", prefix / "lib/ttp"):
-        if path.is_symlink():
+    shared = [file for name in SHARED for file in sorted((prefix / "share").glob(name))]
+    for path in (*map(Path, state), *shared, prefix / "bin/ttp", prefix / "lib/ttp"):
+        if path.is_symlink() or path.is_file():
             path.unlink()
         elif path.exists():
             shutil.rmtree(path)
@@ -55,6 +63,8 @@ def _prefix() -> Path:
     """Where ``make install`` has put this program. Raises UsageError if it was not that."""
     ours = Path(sys.prefix)
     prefix = ours.parents[1]
+    if prefix == Path("/usr") and PACKAGE.exists():
+        raise UsageError(DOING, "it is a package of Debian's", "apt remove ttp")
     if ours == prefix / "lib/ttp" and (prefix / "bin/ttp").is_symlink():
         return prefix
     raise UsageError(DOING, "it was not installed by make install", "pip uninstall nsrun, perhaps")

@@ -527,7 +527,7 @@ def test_a_diagnosis_tells_all_but_secrets(host: Machine) -> None:
 def test_uninstalled_nothing_remains(host: Machine) -> None:
     """In the middle of a session: the network as before, no unit, no file; /etc is the owner's."""
     assert host.run("ttp", "uninstall", user="alice").returncode == 2
-    keep = "mkdir /root/kept && cp -a /usr/local/bin /usr/local/lib /root/kept"
+    keep = "mkdir /root/kept && cp -a /usr/local/bin /usr/local/lib /usr/local/share /root/kept"
     host.run("sh", "-c", keep, check=True)
     host.run(*START, check=True)
     done = host.run("ttp", "uninstall", check=True)
