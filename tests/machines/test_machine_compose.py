@@ -10,14 +10,22 @@ from dataclasses import dataclass
 
 import pytest
 
+from composed import Gone
 from docker_host import IMAGE
-from docker_machine import LONG, Docker
+from docker_machine import ASK, LONG, Docker
 from driver_host import by_tor
 from harness import ROOT
 from lab_helpers import PLAIN_ORACLE
+from nsrun.leak.verdict import Value, as_text, judge
 from town import eventually
 
 CHECKOUT = "/root/ttp"
+CHECK = (
+    *("run", "--rm", "--network", "example_workloads", "--dns", "192.0.2.53", "--cap-drop", "ALL"),
+    *("--security-opt", "no-new-privileges", "--sysctl", "net.ipv6.conf.all.disable_ipv6=1"),
+    "ttp/probe",
+)
+BY_TLS = {"is-tor", "address4"}  # checks that want certificates: the image does not trust the lab's
 
 
 @dataclass
@@ -77,6 +85,10 @@ def example(docker: Docker, *names: str, up: tuple[str, ...] = ()) -> Iterator[P
             assert done.returncode == 0, done.stderr
             yield made
         finally:
+            # with its network: a relay whose connection was not ended sends on for minutes
+            services = set(made.compose("ps", "--services").stdout.split())
+            if tor := services & {"onion", "tor"}:
+                made.compose("stop", *tor)
             made.compose("down", "--volumes", "--timeout", "0")
     assert made.left() == ""
 
@@ -119,3 +131,24 @@ def test_onion_by_newer_releases(built: Docker) -> None:
         fetch = ("ttp", "run", "--socks", "--", "curl", "-sS", "--max-time", "15")
         run = (*fetch, f"http://{name}/")
         eventually(lambda: "An onion" in built.machine.run(*run).stdout, "the page", 60)
+
+
+@LONG
+@pytest.mark.promise("P1", "P4", "P12")
+def test_a_gateway_of_containers_over_a_reboot(built: Docker) -> None:
+    """What is behind it is contained; after the reboot all is closed until it is up again."""
+    machine = built.machine
+    made = Project(built, ("gateway",))
+    with machine.lab.tap("router", "p-host") as wire:
+        assert made.compose("up", "--detach").returncode == 0
+        told = built.machine.run("docker", *CHECK).stdout.splitlines()
+        assert len(told) > 10
+        assert {line.split()[1] for line in told[:-1] if not line.startswith("cont")} <= BY_TLS
+        machine.reboot()
+        assert made.compose("up", "--detach").returncode == 0
+        assert by_tor(made.compose("exec", "-T", "app", *ASK).stdout)
+        verdict = judge("host", wire.stop(), [*machine.rules(), Gone()], expect_some=True)
+        made.compose("stop", "tor")
+        made.compose("down", "--volumes", "--timeout", "0")
+    assert verdict.value is Value.CONTAINED, as_text([verdict])
+    assert made.left() == ""
