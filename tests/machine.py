@@ -42,6 +42,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ SUITE = "trixie"  # Debian 13: docker 26.1, podman 5.4, compose 2.26, nftables 1
 START = 60.0  # seconds for a boot: it takes one, on a machine that does nothing else
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MAC = "02:00:00:00:77:10"
+NUMBERS = count(1)  # of machines of this process: two may be up at once
 REBOOTED = 133  # what systemd-nspawn --keep-unit ends with, to be started again
 
 # One shell holds the mounts and starts the machine again after each reboot. Its cgroups are its
@@ -332,7 +334,7 @@ def machine(lab: Lab, suite: str = SUITE) -> Iterator[Machine]:
 @contextmanager
 def debian(suite: str = SUITE, *, gateway: bool = False) -> Iterator[Machine]:
     """A machine, and a lab of root's for it; ``gateway``: whether the lab has one as well."""
-    name = f"m{os.getpid() % 100000}"
+    name = f"m{os.getpid() % 100000}-{next(NUMBERS)}"
     with tempfile.TemporaryDirectory(prefix="ttp-lab-") as home:
         lab = Lab(name, "root", (), Path(home))
         up = lab.ttp("lab", "up", name, "--gateway" if gateway else "--no-gateway")
