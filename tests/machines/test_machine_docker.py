@@ -15,6 +15,7 @@ from container_probes import KNOWN, LINK, PLAIN, as_meant
 from docker_host import IMAGE
 from docker_machine import ASK, BOTH, DNS, LIVES, LONG, SLEEP, STRAY, Docker
 from driver_host import by_tor
+from lab_helpers import PLAIN_ORACLE
 from nsrun.leak.bench import make
 from nsrun.leak.verdict import Value, judge
 from town import eventually
@@ -145,3 +146,44 @@ def test_when_the_gateway_is_killed_both_are_cut_off(bare: Docker) -> None:
         bare.do("restart", "driven")
         for name in ("driven", "held"):
             assert bare.is_behind_tor(name)
+
+
+@LONG
+@pytest.mark.promise("P1", "P3")
+def test_a_second_network_is_told_of_and_a_move_is_closed(bare: Docker) -> None:
+    """`driver status` fails while there is one; taken off its network, a container has no link."""
+    bare.do("run", *LIVES, *DNS, "--network", "tor", "--name", "driven", *SLEEP)
+    assert bare.ttp("driver", "status").returncode == 0
+    bare.do("network", "connect", "plain", "driven")
+    told = bare.ttp("driver", "status")
+    assert (told.returncode, "LEAKS" in told.stdout) == (1, True), told.stderr
+    bare.do("network", "disconnect", "plain", "driven")
+    with bare.silent():
+        bare.do("network", "disconnect", "tor", "driven")
+        assert bare.is_cut_off("driven")
+        bare.do("network", "connect", "tor", "driven")
+        assert bare.is_behind_tor("driven")
+    assert bare.ttp("driver", "status").returncode == 0
+
+
+@LONG
+@pytest.mark.promise("P1", "P3")
+def test_a_docker_with_ipv6_opens_nothing(bare: Docker) -> None:
+    """Its own bridge has it, as the control shows; ours have it by Tor, or not at all."""
+    file = bare.machine.path("/etc/docker/daemon.json")
+    file.write_text('{"ipv6": true, "fixed-cidr-v6": "2001:db8:1::/64"}')
+    try:
+        bare.machine.run("systemctl", "restart", "docker", check=True)
+        addresses = ("ip", "-6", "address", "show", "scope", "global")
+        assert "2001:db8:1:" in bare.do("run", "--rm", IMAGE, *addresses)
+        with bare.silent():
+            bare.do("run", *LIVES, *DNS, "--network", "tor", "--name", "driven", *SLEEP)
+            assert bare.ttp("run", "--", *LIVES, "--name", "held", *SLEEP).returncode == 0
+            by_ipv6 = ("curl", "-sS6", "--max-time", "20", PLAIN_ORACLE)
+            assert bare.machine.run("docker", "exec", "driven", *by_ipv6).returncode
+            assert by_tor(bare.do("exec", "held", *by_ipv6))
+            assert bare.do("exec", "driven", *addresses) == ""
+            assert bare.is_behind_tor("driven")
+    finally:
+        file.unlink()
+        bare.machine.run("systemctl", "restart", "docker", check=True)
