@@ -55,6 +55,9 @@ clean: ## remove .venv, caches and build products
 install: ## put ttp on the PATH: PREFIX/lib/ttp, PREFIX/bin/ttp (PREFIX=/usr/local)
 	@.ci/setup install $(PREFIX)
 
+deb: setup ## build a Debian package: dist/ttp_VERSION_all.deb
+	@.ci/package
+
 setup:
 	@.ci/setup
 
@@ -69,4 +72,4 @@ lint: setup
 	$(bin)/ruff check
 	$(bin)/mypy
 
-.PHONY: help demo test check stories lab torture bench golden clean install setup everyday docker lint
+.PHONY: help demo test check stories lab torture bench golden clean install deb setup everyday docker lint

@@ -85,7 +85,7 @@ def root(suite: str) -> Path:
 
 def installed(suite: str) -> tuple[Path, Path]:
     """The layers of a root with ttp in /usr/local, the upper one first."""
-    below, wheels = root(suite), _wheels()
+    below, needed = root(suite), wheels()
     files = sorted(p for p in (ROOT / "nsrun").rglob("*") if p.suffix != ".pyc" and p.is_file())
     files += [ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE", "Makefile")]
     files += [ROOT / ".ci" / name for name in ("setup", "man.py", "completions")]
@@ -97,17 +97,17 @@ def installed(suite: str) -> tuple[Path, Path]:
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, to)
         script = ("unshare", "--mount", "--propagation", "private", "sh", "-c", INSTALL, "sh")
-        _do(*script, str(part), str(below), str(wheels), str(source))
+        _do(*script, str(part), str(below), str(needed), str(source))
         shutil.rmtree(source)
 
-    what = hashlib.sha256(f"{below}{wheels}".encode())
+    what = hashlib.sha256(f"{below}{needed}".encode())
     for file in files:
         what.update(f"{file.relative_to(ROOT)} {file.stat().st_mode:o}\0".encode())
         what.update(file.read_bytes())
     return _kept(f"ttp-{suite}", INSTALL + what.hexdigest(), make, 1) / "added", below
 
 
-def _wheels() -> Path:
+def wheels() -> Path:
     """What ttp depends on, and what builds it, for any version of Python."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]

@@ -36,6 +36,7 @@ TARGETS = (
     "golden",
     "clean",
     "install",
+    "deb",
 )
 PROMPT = "$ "
 END_OF_OUTPUT = "-- end of the output of a README command --"
