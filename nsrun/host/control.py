@@ -73,7 +73,7 @@ def start(spec: HostSpec, ears: Ears) -> Outcome:
         found = current()
         if found is not None and found.state == "up":
             return _again(found, spec, told)
-        if found is not None and found.state != "closed":
+        if found is not None and found.state not in ("closed", "locked"):
             told.words("an earlier command was killed: what it left is taken back, closed")
         return _start(spec, found, told)
 
@@ -120,7 +120,7 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
                 write_record(made)
             host.do(step)
             if isinstance(step, TorifyHost):
-                made = replace(made, rules=machine.fingerprint())
+                made = replace(made, rules=host.rules)
         tor.await_bootstrap(
             spec.bootstrap_timeout,
             lambda percent, words: told.words(f"Tor {percent} %: {words}"),
@@ -306,6 +306,12 @@ def _log(ears: Ears) -> Iterator[Ears]:
         raise
     finally:
         handler.close()
+
+
+def note(words: str) -> None:
+    """A line of the log, by who holds the lock."""
+    with _log(Ears()) as told:
+        told.words(words)
 
 
 class Formatter(logging.Formatter):

@@ -37,10 +37,11 @@ TABLE = "inet ttp"
 
 
 class HostMachine:
-    """``echo`` is told every step."""
+    """``echo`` is told every step; ``rules`` is the fingerprint of the table loaded last."""
 
     def __init__(self, echo: Callable[[str], None]) -> None:
         self.echo = echo
+        self.rules = ""
         self._common = Machine()
 
     def do(self, step: HostStep | Step) -> None:
@@ -54,7 +55,7 @@ class HostMachine:
     def _do(self, step: HostStep | Step) -> None:
         match step:
             case CloseHost(text) | TorifyHost(text):
-                load(text)
+                self.rules = load(text)
             case OpenHost():
                 load(f"table {TABLE}\ndelete table {TABLE}\n")  # never fails for want of one
             case CutHost(closed, ports, tor_uid):
@@ -75,6 +76,7 @@ class HostMachine:
                 _stop(path, step.name)
             case CoverFile(target, source):
                 linux.mount(source, target, flags=linux.MS_BIND)
+                linux.mount("none", target, flags=linux.MS_PRIVATE)
             case UncoverFile(target, source):
                 _uncover(target, source)
             case LeadResolved(path, text):
@@ -87,17 +89,25 @@ class HostMachine:
                 self._common.do(step)
 
 
-def load(text: str) -> None:
-    """One nft transaction; a table in it is read back and compared (P12). Raises NsrunError."""
+def load(text: str) -> str:
+    """One nft transaction; a table in it is read back and compared (P12). Raises NsrunError.
+
+    The fingerprint is of what was compared, whoever changes it afterwards.
+    """
     nft(("-f", "-"), text)
-    wanted = ruleset.outline(text)
-    if wanted and ruleset.outline(listed()) != wanted:
+    wanted, there = ruleset.outline(text), listed()
+    if wanted and ruleset.outline(there) != wanted:
         raise _tampered()
+    return _digest(there)
 
 
 def fingerprint() -> str:
     """Of our table, as the kernel lists it: a rule more, or one that is weakened, changes it."""
-    return sha256(listed().encode()).hexdigest()
+    return _digest(listed())
+
+
+def _digest(table: str) -> str:
+    return sha256(table.encode()).hexdigest()
 
 
 def verify(wanted: str) -> None:
@@ -159,10 +169,10 @@ def main_process(unit: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True).stdout.strip() or 0)
 
 
-def restart(unit: str) -> None:
+def restart(unit: str, *, wait: bool = True) -> None:
     """systemd starts nothing more often than a few times in ten seconds, if it is not told to."""
     subprocess.run(("systemctl", "--quiet", "reset-failed", unit), capture_output=True)
-    systemctl("restart", unit)
+    systemctl("restart", *(() if wait else ("--no-block",)), unit)
 
 
 def _write(path: str, text: str) -> None:
@@ -196,11 +206,11 @@ def _free_resolved(path: str) -> None:
 
 
 def _uncover(target: str, source: str) -> None:
-    while covers(target, source):
+    while _covers(target, source):
         linux.umount(target)
 
 
-def covers(target: str, source: str) -> bool:
+def _covers(target: str, source: str) -> bool:
     """Whether what is mounted last at ``target`` is the file ``source`` (proc_pid_mountinfo(5))."""
     mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
     roots = [fields[3] for fields in mounts if fields[4] == target]

@@ -142,13 +142,17 @@ class CutHost:
 
 @dataclass(frozen=True)
 class CoverFile:
-    """``target``, a real path, reads as ``source`` for as long as the mount is there."""
+    """``target``, a real path, reads as ``source`` for as long as the mount is there.
+
+    It is private: else what somebody mounts over ``target`` would cover ``source`` as well, which
+    could not be removed then (mount_namespaces(7)).
+    """
 
     target: str
     source: str
 
     def describe(self) -> str:
-        return f"mount --bind {self.source} {self.target}"
+        return f"mount --bind --make-private {self.source} {self.target}"
 
     def undo(self) -> HostStep | None:
         return UncoverFile(self.target, self.source)

@@ -62,11 +62,15 @@ def bypass() -> str:
 
 
 def watchdog(python: str) -> str:
-    """It outlives Tor, which it starts again. In the host's mounts, where it mends the resolver."""
+    """It outlives Tor, which it starts again; however often it is killed, it comes back itself.
+
+    In the host's mounts, where it mends the resolver: options that give it its own are left out.
+    """
     return f"""\
 [Unit]
 Description=Watchdog of the whole host behind Tor, by ttp
 After={session.TOR_UNIT}
+StartLimitIntervalSec=0
 
 [Service]
 ExecStart={python} -P -m nsrun.host.watchdog

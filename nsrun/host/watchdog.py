@@ -1,12 +1,15 @@
 """``python3 -m nsrun.host.watchdog``: see to it that a session stays as it was made.
 
-The kernel tells of every change to rules and links, and to the files that lead to the resolver; and
-every fifteen seconds all is looked at without being told. Two kinds of trouble are told apart:
+The kernel tells of every change to rules, links and mounts, and to the files that lead to the
+resolver; and every fifteen seconds all is looked at without being told. There are two kinds of
+trouble:
 
-tampering  the rules are not as they were loaded: everything is closed, and people are told
-failure    Tor has ended, or the resolver's file was exchanged, which opens nothing: it is mended
+tampering  the rules are not as they were loaded: everything is closed, and people are told; what
+           is closed is watched as well
+failure    Tor has ended, or the resolver is another one, which opens nothing: it is mended
 
-While another command changes the host, its lock is held, and nobody is suspected.
+While another command changes the host, its lock is held, and nobody is suspected. An interface that
+goes down is no trouble: no rule names one.
 """
 
 from __future__ import annotations
@@ -18,26 +21,33 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nsrun import netlink
 from nsrun.errors import NsrunError
 from nsrun.host import control, facts, machine, session
 from nsrun.host.rules import render_closed
 from nsrun.host.session import Session
-from nsrun.host.steps import CloseHost, CoverFile, LeadResolved, StartUnit
+from nsrun.host.steps import (
+    CloseHost,
+    CoverFile,
+    HostStep,
+    LeadResolved,
+    StartUnit,
+    UncoverFile,
+)
 from nsrun.steps import WriteFile
 
 INTERVAL = 15.0  # seconds between two looks that nobody asked for
-SETTLE = 0.2  # seconds in which changes come together: a transaction tells of every rule
+PAUSE = 0.2  # seconds from one look to the next at least, however much is changed meanwhile
 NFNLGRP_NFTABLES, RTMGRP_LINK = 7, 1  # linux/netfilter/nfnetlink.h; rtnetlink(7)
-CHANGES = (
-    0x8 | 0x40 | 0x80 | 0x100 | 0x200
-)  # closed after writing, moved, made, deleted: inotify(7)
+# closed after writing, moved, made, deleted: inotify(7)
+CHANGES = 0x8 | 0x40 | 0x80 | 0x100 | 0x200
 
 log = logging.getLogger("ttp")
 
@@ -56,13 +66,11 @@ class Watch:
         self._files = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         for directory in directories:
             if libc.inotify_add_watch(self._files, os.fsencode(directory), CHANGES) < 0:
-                raise OSError(ctypes.get_errno(), "cannot be watched", directory)
+                why = os.strerror(ctypes.get_errno())
+                log.warning("%s is looked at every %g s: %s", directory, INTERVAL, why)
 
     def wait(self, seconds: float) -> None:
-        """Until something has changed, and no more does for a moment, or for so many seconds.
-
-        Tor's end is such a change as well.
-        """
+        """Until something has changed, or Tor has ended, or for so many seconds."""
         with ExitStack() as held:
             told: list[Any] = [self._files, *self._sockets]
             if pid := machine.main_process(session.TOR_UNIT):
@@ -70,9 +78,8 @@ class Watch:
                     told.append(os.pidfd_open(pid))
                     held.callback(os.close, told[-1])
             # a change of mounts is an exceptional condition (proc_pid_mountinfo(5))
-            while any(select.select(told, [], [self._mounts], seconds)):
-                self._read()
-                told, seconds = [self._files, *self._sockets], SETTLE
+            select.select(told, [], [self._mounts], seconds)
+        self._read()
 
     def _read(self) -> None:
         for one in self._sockets:
@@ -85,52 +92,84 @@ class Watch:
         self._mounts.read()
 
 
+def verdict(found: Session | None, rules: str) -> Literal["end", "wait", "close", "mend"]:
+    """What is to be done about a session, where the kernel's table has this fingerprint."""
+    if found is None:
+        return "end"
+    if found.state not in ("up", "locked"):
+        return "wait"  # who changed it last was killed, and has left it closed
+    if rules != found.rules:
+        return "close"
+    return "mend" if found.state == "up" else "wait"
+
+
 def look() -> bool:
     """Look once, and do what is to be done. False when there is no session any more."""
     with control.lock(wait=True):
         found = control.current()
-        if found is None:
-            return False
-        if found.state == "up":
-            try:
-                machine.verify(found.rules)
-            except NsrunError as error:
-                _close(found, error)
-            else:
-                _mend(found)
-    return True
+        wanted = verdict(found, machine.fingerprint())
+        if found is not None and wanted == "close":
+            _close(found)
+        elif found is not None and wanted == "mend":
+            _mend(found)
+    return wanted != "end"
 
 
-def _close(found: Session, error: NsrunError) -> None:
-    machine.HostMachine(log.info).do(CloseHost(render_closed()))
-    control.write_record(found.at("locked"))
-    words = "ttp: the rules of the host were changed: all is closed, until `ttp restart` or `stop`"
-    log.critical("<0>%s (%s)", words, error.cause)  # journald tells it on every terminal
+def _close(found: Session) -> None:
+    """Whoever is killed after the first of it finds the rules changed, and closes again."""
+    host = machine.HostMachine(log.info)
+    host.do(CloseHost(render_closed()))
+    control.write_record(found.at("locked", rules=host.rules))
+    words = "the rules of the host were changed: all is closed, until `ttp restart` or `ttp stop`"
+    log.critical("<0>ttp: %s", words)  # journald tells it on every terminal
+    control.note(words)
 
 
 def _mend(found: Session) -> None:
-    """Steps of the session's own plan, again; Tor's unit is started as it is."""
+    """Steps of the session's own plan, again."""
     path = facts.resolv_conf()
     if path not in found.facts.resolv_confs and Path(path).exists():
         known = (*found.facts.resolv_confs, path)
         found = replace(found, facts=replace(found.facts, resolv_confs=known))
         control.write_record(found)
-    host = machine.HostMachine(log.warning)
     for step in control.steps_of(found):
-        match step:
-            case StartUnit() if step.name == session.TOR_UNIT and not machine.is_active(step.name):
-                log.warning("%s has ended: it is started again", step.name)
-                machine.restart(step.name)
-            case LeadResolved(path) if not Path(path).exists():
-                host.do(step)
-            case WriteFile(session.RESOLV_CONF) if not Path(session.RESOLV_CONF).exists():
-                host.do(step)
-            case CoverFile(target, source) if Path(target).exists() and not machine.covers(
-                target, source
-            ):
-                host.do(step)
-            case _:
-                pass
+        try:
+            _mend_step(step)
+        except NsrunError as error:
+            log.warning("%s", error)
+
+
+def _mend_step(step: HostStep) -> None:
+    """Tor's unit is started as it is: nobody waits for it, as rules are to be looked at."""
+    host = machine.HostMachine(log.warning)
+    match step:
+        case StartUnit() if step.name == session.TOR_UNIT and not machine.is_active(step.name):
+            log.warning("%s has ended: it is started again", step.name)
+            machine.restart(step.name, wait=False)
+        case LeadResolved(path, text) if _text(path) != text:
+            host.do(step)
+        case WriteFile(session.RESOLV_CONF, text) if _text(session.RESOLV_CONF) != text:
+            host.do(step)
+        case CoverFile(target, source) if Path(target).exists() and not _is_same(target, source):
+            host.do(UncoverFile(target, source))  # of a file of that name, which is gone
+            host.do(step)
+        case _:
+            pass
+
+
+def _text(path: str) -> str:
+    """Empty if it cannot be read."""
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _is_same(target: str, source: str) -> bool:
+    try:
+        return Path(target).samefile(source)
+    except OSError:
+        return False
 
 
 def main() -> None:
@@ -139,13 +178,17 @@ def main() -> None:
     found = control.current()
     if found is None:
         return
-    watch = Watch(sorted({"/etc", *(str(Path(one).parent) for one in found.facts.resolv_confs)}))
+    leading = (session.RESOLV_CONF, *found.facts.resolv_confs)
+    resolved = (session.RESOLVED,) if found.facts.resolved else ()
+    files = ("/etc/resolv.conf", *leading, *resolved)
+    watch = Watch(sorted({str(Path(one).parent) for one in files}))
     while True:
         try:
             if not look():
                 return
         except NsrunError as error:
             log.warning("%s", error)
+        time.sleep(PAUSE)  # what changes in it is still there to be told
         watch.wait(INTERVAL)
 
 

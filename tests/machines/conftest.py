@@ -26,6 +26,19 @@ def machine() -> Iterator[Machine]:
         yield made
 
 
+@pytest.fixture
+def host(machine: Machine) -> Iterator[Machine]:
+    """The machine, as it was before the test and after it, whatever happens.
+
+    But for the log, which is there until the next boot; the first command begins it.
+    """
+    machine.run("ttp", "stop")
+    before = machine.state()
+    yield machine
+    machine.run("ttp", "stop")
+    assert machine.changes(before) == ""
+
+
 @pytest.fixture(scope="session")
 def engine(request: pytest.FixtureRequest) -> Iterator[Docker]:
     """Docker of the Debian that the test names as its parameter."""

@@ -14,11 +14,11 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pytest
 
-from lab_helpers import ORACLE
+from host_machine import CURL, SHOUT, START, as_seen, is_closed, state_of, to, watched
 from machine import Machine
 from nsrun.host import session
 from nsrun.lab import topology
@@ -27,33 +27,9 @@ from nsrun.leak.pcap import Capture
 from nsrun.leak.verdict import Rule, TcpToRelays, Value, as_text, judge
 from town import eventually
 
-START = ("ttp", "start", "--torrc", "/etc/ttp/lab.torrc")
 OWN = (topology.HOST, topology.HOST6)
-CURL = ("curl", "-sS", "--max-time", "20")
 PYTHON = "/usr/local/lib/ttp/bin/python"
 CUT = "Software caused connection abort\n"  # ECONNABORTED: what a destroyed socket says
-
-
-@pytest.fixture
-def host(machine: Machine) -> Iterator[Machine]:
-    """The machine, as it was before the test and after it, whatever happens.
-
-    But for the log, which is there until the next boot; the first command begins it.
-    """
-    machine.run("ttp", "stop")
-    before = machine.state()
-    yield machine
-    machine.run("ttp", "stop")
-    assert machine.changes(before) == ""
-
-
-@contextmanager
-def watched(machine: Machine) -> Iterator[list[Capture]]:
-    """What passes the machine's wire while the block runs; it is there when the block has ended."""
-    seen: list[Capture] = []
-    with machine.lab.tap("router", "p-host") as wire:
-        yield seen
-        seen.append(wire.stop())
 
 
 class ListenerReports:
@@ -74,23 +50,6 @@ def contained(machine: Machine, capture: Capture, *, expect_some: bool = True) -
     rules = [*machine.lab.rules(*OWN), known, ListenerReports()]
     verdict = judge("p-host", capture, rules, expect_some=expect_some)
     assert verdict.value is Value.CONTAINED, as_text([verdict])
-
-
-def to(capture: Capture, kind: type, *addresses: str) -> list[Any]:
-    """Frames of ``kind``, TCP or UDP, to one of the addresses."""
-    return [
-        frame
-        for frame in capture.frames
-        if isinstance(frame.body, Ip)
-        and frame.body.target in addresses
-        and isinstance(frame.body.body, kind)
-    ]
-
-
-def as_seen(machine: Machine, *options: str, user: str = "alice") -> dict[str, Any]:
-    """What the lab's oracle says to a user of the machine."""
-    done = machine.run(*CURL, *options, ORACLE, user=user)
-    return dict(json.loads(done.stdout)) if done.returncode == 0 else {"error": done.stderr}
 
 
 @pytest.mark.promise("P1", "P2", "P3", "P8", "P12")
@@ -308,20 +267,6 @@ def test_control_a_careless_stop_lets_it_go_on_in_clear(host: Machine) -> None:
 
 # ---- no moment between -------------------------------------------------------------------------
 
-SHOUT = """
-import socket, sys, time
-udp = [(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), (sys.argv[1], 7)),
-       (socket.socket(socket.AF_INET6, socket.SOCK_DGRAM), (sys.argv[2], 7))]
-end = time.monotonic() + float(sys.argv[3])
-while time.monotonic() < end:
-    for one, where in udp:
-        try:
-            one.sendto(b"stray", where)
-        except OSError:
-            pass
-    time.sleep(0.0005)
-"""
-
 
 @pytest.mark.promise("P3", "P4")
 def test_no_start_and_no_restart_opens_for_a_moment(host: Machine) -> None:
@@ -365,13 +310,6 @@ def is_killed(machine: Machine, steps: int, *words: str) -> bool:
     done = machine.run(PYTHON, "-c", MORTAL, str(steps), *words)
     assert done.returncode in (0, -9, 137), done.stderr
     return done.returncode != 0
-
-
-def is_closed(machine: Machine) -> bool:
-    """Whether the web cannot be reached in clear, by who has its address already."""
-    page = f"http://{topology.WEB}/api/ip"
-    done = machine.run(*CURL, "--max-time", "5", page, user="alice")
-    return '"IsTor":false' not in done.stdout
 
 
 @pytest.mark.promise("P4", "P8")
@@ -586,10 +524,6 @@ def test_closed_it_stays_closed_when_start_fails(host: Machine) -> None:
 
 
 # ---- the watchdog ------------------------------------------------------------------------------
-
-
-def state_of(machine: Machine) -> str:
-    return str(json.loads(machine.run("ttp", "status", "--json").stdout)["state"])
 
 
 @pytest.mark.promise("P4")

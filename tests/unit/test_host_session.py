@@ -13,8 +13,9 @@ from nsrun.errors import MissingError, UsageError
 from nsrun.host import bridges, flows, session
 from nsrun.host.flows import Ends, Flow, Tcp
 from nsrun.host.plan import start_steps, tor_config
-from nsrun.host.session import HostFacts, HostSpec, Session
+from nsrun.host.session import HostFacts, HostSpec, Session, State
 from nsrun.host.steps import CloseHost, CutHost, HostStep, OpenHost, StartUnit, TorifyHost
+from nsrun.host.watchdog import verdict
 from nsrun.torrc import render_host
 
 FACTS = HostFacts(
@@ -205,3 +206,28 @@ def test_sockets_are_ended_that_were_redirected_or_may_have_been(found: Tcp, end
     served = Tcp((ipaddress.ip_address("0.0.0.0"), 80, SITE, 0), flows.LISTEN, 0, b"")
     known = [REDIRECTED, OTHERS, CLIENT]
     assert list(flows.doomed(known, [served, found], PORTS, 107)) == [found] * ends
+
+
+@pytest.mark.parametrize(
+    ("state", "rules", "wanted"),
+    [
+        ("up", "as loaded", "mend"),
+        ("up", "others", "close"),
+        ("locked", "as loaded", "wait"),
+        ("locked", "others", "close"),
+        ("starting", "others", "wait"),
+        ("stopping", "others", "wait"),
+        ("closed", "others", "wait"),
+    ],
+)
+@pytest.mark.promise("P4")
+def test_other_rules_are_closed_and_all_else_is_mended(
+    state: State, rules: str, wanted: str
+) -> None:
+    """Only where they are known; what is locked is not mended, as it lets nothing through."""
+    assert verdict(SESSION.at(state, rules="as loaded"), rules) == wanted
+
+
+def test_without_a_session_it_ends() -> None:
+    """Whatever rules there are: they are not known to be ours."""
+    assert verdict(None, "others") == "end"

@@ -1,4 +1,4 @@
-"""The systemd unit of a gateway, and what a gateway tells systemd."""
+"""The systemd units of a gateway and of a whole host, and what a gateway tells systemd."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from harness import ROOT
 from nsrun.gateway.service import teller
+from nsrun.host import session, units
 
 UNIT = ROOT / "nsrun" / "systemd" / "ttp-gateway@.service"
 
@@ -38,6 +39,14 @@ def test_systemd_understands_the_units_of_a_whole_host(tmp_path: Path, name: str
         (tmp_path / one).write_text(text.replace("/usr/local/bin/ttp", str(ROOT / "nsrun" / "ttp")))
     done = verify(tmp_path / name, UNIT.with_name(name).read_text())
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_systemd_understands_the_unit_of_the_watchdog_and_nothing_binds_it(tmp_path: Path) -> None:
+    """T12: Tor's restart, by the watchdog itself too, must not end the watchdog."""
+    text = units.watchdog("/usr/bin/python3")
+    done = verify(tmp_path / session.WATCHDOG, text)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not {"Requires", "BindsTo", "PartOf"} & {line.split("=")[0] for line in text.split()}
 
 
 @pytest.mark.parametrize("name", ["notify", "@ttp-test-notify"])

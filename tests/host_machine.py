@@ -1,0 +1,68 @@
+"""What stories of a whole host behind Tor have in common: commands, and what a wire shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lab_helpers import ORACLE
+from machine import Machine
+from nsrun.lab import topology
+from nsrun.leak.frames import Ip
+from nsrun.leak.pcap import Capture
+
+START = ("ttp", "start", "--torrc", "/etc/ttp/lab.torrc")
+CURL = ("curl", "-sS", "--max-time", "20")
+# By UDP, which is for nobody, all the time.
+SHOUT = """
+import socket, sys, time
+udp = [(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), (sys.argv[1], 7)),
+       (socket.socket(socket.AF_INET6, socket.SOCK_DGRAM), (sys.argv[2], 7))]
+end = time.monotonic() + float(sys.argv[3])
+while time.monotonic() < end:
+    for one, where in udp:
+        try:
+            one.sendto(b"stray", where)
+        except OSError:
+            pass
+    time.sleep(0.0005)
+"""
+
+
+@contextmanager
+def watched(machine: Machine) -> Iterator[list[Capture]]:
+    """What passes the machine's wire while the block runs; it is there when the block has ended."""
+    seen: list[Capture] = []
+    with machine.lab.tap("router", "p-host") as wire:
+        yield seen
+        seen.append(wire.stop())
+
+
+def to(capture: Capture, kind: type, *addresses: str) -> list[Any]:
+    """Frames of ``kind``, TCP or UDP, to one of the addresses."""
+    return [
+        frame
+        for frame in capture.frames
+        if isinstance(frame.body, Ip)
+        and frame.body.target in addresses
+        and isinstance(frame.body.body, kind)
+    ]
+
+
+def as_seen(machine: Machine, *options: str, user: str = "alice") -> dict[str, Any]:
+    """What the lab's oracle says to a user of the machine."""
+    done = machine.run(*CURL, *options, ORACLE, user=user)
+    return dict(json.loads(done.stdout)) if done.returncode == 0 else {"error": done.stderr}
+
+
+def is_closed(machine: Machine) -> bool:
+    """Whether the web cannot be reached in clear, by who has its address already."""
+    page = f"http://{topology.WEB}/api/ip"
+    done = machine.run(*CURL, "--max-time", "5", page, user="alice")
+    return '"IsTor":false' not in done.stdout
+
+
+def state_of(machine: Machine) -> str:
+    return str(json.loads(machine.run("ttp", "status", "--json").stdout)["state"])
