@@ -62,9 +62,16 @@ def test_down_leaves_nothing_but_guards(lab: Lab) -> None:
 
 def test_an_idle_gateway_ends(lab: Lab) -> None:
     """After so many seconds without a workload, and not while there is one."""
-    with lab.other_gateway("slirp4netns", "--idle", "2", stays=False) as name:
-        assert on_host(lab, "run", "-g", name, "--", "sleep", "3").returncode == 0
-        assert name in on_host(lab, "gateway", "ls").stdout
+    with lab.other_gateway("slirp4netns", "--idle", "4", stays=False) as name:
+        stay = "sleep 5; echo still here; exec sleep 60"
+        command = lab.inside("host", TTP, "run", "-g", name, "--", "sh", "-c", stay)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "still here\n"
+                assert name in on_host(lab, "gateway", "ls").stdout
+            finally:
+                process.kill()
         eventually(lambda: name not in on_host(lab, "gateway", "ls").stdout, "its end", 15)
 
 
