@@ -216,7 +216,8 @@ def _need_session(doing: str) -> Session:
 
 
 def _again(found: Session, spec: HostSpec, told: Ears) -> Outcome:
-    asked = replace(spec, bridges=(), torrc="")
+    watchdog = spec.watchdog or found.spec.watchdog  # started since, perhaps
+    asked = replace(spec, bridges=(), torrc="", watchdog=watchdog)
     if asked != found.spec:
         raise UsageError(
             "start with these options", "it is up with others", "ttp restart, with the options"

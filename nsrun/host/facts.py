@@ -40,7 +40,7 @@ def probe(spec: HostSpec) -> HostFacts:
         ipv6=_has_ipv6(),
         reaches_ipv6=found.ipv6 and spec.ipv6,
         automap4=choose_automap(found.networks),
-        resolv_confs=(resolv_conf(),),
+        resolv_confs=tuple(filter(os.path.exists, (resolv_conf(),))),
         resolved=machine.is_active(machine.RESOLVED_UNIT),
         services=_services(),
         bypass_uids=people.exempt_users(DOING, spec.bypass_users),

@@ -420,6 +420,18 @@ def test_without_ipv6_there_is_none(host: Machine) -> None:
     assert as_seen(host, "-4")["IsTor"] is True
 
 
+def test_a_machine_without_a_resolv_conf(host: Machine) -> None:
+    """There is nothing to cover, and nothing is made; libc then asks 127.0.0.1 (resolv.conf(5))."""
+    host.run("mv", "/etc/resolv.conf", "/etc/was.conf", check=True)
+    try:
+        host.run(*START, check=True)
+        assert as_seen(host, "-4")["IsTor"] is True
+        host.run("ttp", "stop", check=True)
+        assert host.run("test", "-e", "/etc/resolv.conf").returncode == 1
+    finally:
+        host.run("mv", "/etc/was.conf", "/etc/resolv.conf", check=True)
+
+
 def test_other_ports_and_an_interface(host: Machine) -> None:
     """Where Tor listens is for the administrator to say; the interface is shown."""
     ports = ("--transport-port", "19041", "--dns-port", "19054")
@@ -547,6 +559,7 @@ def test_the_watchdog_mends_what_has_failed(host: Machine) -> None:
     """Tor that has ended, a resolver that was uncovered or exchanged; and it stays (T12)."""
     host.run(*START, check=True)
     host.run("ttp", "watchdog", "start", check=True)
+    assert "up already" in host.run(*START, check=True).stdout
     pid = host.run("systemctl", "show", "-P", "MainPID", session.WATCHDOG).stdout
     host.run("systemctl", "stop", session.TOR_UNIT, check=True)
     eventually(
