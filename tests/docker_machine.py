@@ -66,6 +66,11 @@ class Docker:
         """Whether one that runs reaches the oracle by Tor. That it does, is asserted."""
         return bool(json.loads(self.do("exec", container, *ASK))["IsTor"])
 
+    def restart(self) -> None:
+        """Docker, however often it was in the last minute, at which systemd would refuse."""
+        for verb in ("reset-failed", "restart"):
+            self.machine.run("systemctl", verb, "docker", check=True)
+
     def active(self, unit: str) -> bool:
         return self.machine.run("systemctl", "is-active", unit).stdout == "active\n"
 

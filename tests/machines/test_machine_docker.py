@@ -101,7 +101,7 @@ def test_what_docker_starts_again_is_behind_tor(bare: Docker, end: str) -> None:
         else:
             if end != "dockerd":
                 machine.run("pkill", "-KILL", "-f", "nsrun.containers.keeper", check=True)
-            machine.run("systemctl", "restart", "docker", check=True)
+            bare.restart()
         for name in ("driven", "held"):
             eventually(partial(bare.runs, name), f"{name} to start", 30)
             assert bare.is_behind_tor(name)
@@ -117,7 +117,7 @@ def test_without_a_gateway_nothing_is_started(bare: Docker) -> None:
     machine = bare.machine
     assert bare.ttp("run", "--", *LIVES, *ALWAYS, "--name", "held", *SLEEP).returncode == 0
     machine.run("systemctl", "stop", GATEWAY, check=True)
-    machine.run("systemctl", "restart", "docker", check=True)
+    bare.restart()
     done = bare.ttp("revive")
     assert done.returncode == 1
     assert done.stderr.startswith("ttp: cannot start held: cannot reach the gateway default: ")
@@ -173,7 +173,7 @@ def test_a_docker_with_ipv6_opens_nothing(bare: Docker) -> None:
     file = bare.machine.path("/etc/docker/daemon.json")
     file.write_text('{"ipv6": true, "fixed-cidr-v6": "2001:db8:1::/64"}')
     try:
-        bare.machine.run("systemctl", "restart", "docker", check=True)
+        bare.restart()
         addresses = ("ip", "-6", "address", "show", "scope", "global")
         assert "2001:db8:1:" in bare.do("run", "--rm", IMAGE, *addresses)
         with bare.silent():
@@ -186,4 +186,4 @@ def test_a_docker_with_ipv6_opens_nothing(bare: Docker) -> None:
             assert bare.is_behind_tor("driven")
     finally:
         file.unlink()
-        bare.machine.run("systemctl", "restart", "docker", check=True)
+        bare.restart()
