@@ -92,6 +92,7 @@ def test_it_is_installed_used_and_removed_by_apt(plain: Machine, package: Path) 
     assert json.loads(plain.run(*CURL, check=True).stdout) == {"IsTor": False, "IP": topology.WAN}
     plain.run("systemctl", "enable", "--now", "ttp-gateway@default", check=True, seconds=120)
     assert json.loads(plain.run("ttp", "run", "--", *CURL, check=True).stdout)["IsTor"] is True
+    plain.run("systemctl", "enable", "ttp.service", check=True)  # for the next boot
     plain.run("ttp", "start", "--torrc", "/etc/ttp/lab.torrc", check=True, seconds=120)
     assert json.loads(plain.run(*CURL, user="alice", check=True).stdout)["IsTor"] is True
     refused = plain.run("ttp", "uninstall")
