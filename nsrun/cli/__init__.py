@@ -50,7 +50,7 @@ def root() -> typer.Typer:
     """The program itself, still without its commands."""
     app = typer.Typer(
         name="ttp",
-        help="Put a command behind Tor, and prove that nothing leaks.",
+        help="Put a command, a container or a whole host behind Tor, and prove that nothing leaks.",
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
