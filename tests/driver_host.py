@@ -107,6 +107,11 @@ def by_tor(told: str) -> bool:
     return bool(json.loads(told)["IsTor"])
 
 
+def answered(lines: list[str]) -> bool:
+    """Whether the oracle did, in what a program printed, and saw it come by Tor."""
+    return any(by_tor(line) for line in lines if line.startswith("{"))
+
+
 @contextmanager
 def container(docker: Host, name: str, *options: str, network: str = "tor") -> Iterator[str]:
     docker.begin(network, name, *options)

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 
-from composed import Example, example
+from composed import Example, example, host_is_silent
 from docker_host import IMAGE
-from driver_host import Host, by_tor
+from driver_host import Host, answered, by_tor
 from lab_helpers import PLAIN_ORACLE
 from nsrun.lab import topology
 from nsrun.leak.verdict import Value, as_text, judge
@@ -41,4 +41,28 @@ def test_apps(docker: Host) -> None:
             judge("host", host.stop(), []),
         ]
     assert {verdict.value for verdict in verdicts} == {Value.CONTAINED}, as_text(verdicts)
+    assert docker.workloads() == []
+
+
+@pytest.mark.promise("P1", "P7", "P8")
+def test_pair(docker: Host) -> None:
+    """A program and its database: one network, one identity, and Tor's connections only."""
+    lab = docker.lab
+    variables = {"IMAGE": IMAGE, "GATEWAY": lab.name, "URL": PLAIN_ORACLE}
+    with (
+        lab.tap("router", f"gw-{lab.name}") as uplink,
+        host_is_silent(docker.dockerd),
+        example(Example(docker.dockerd, "pair", variables)) as pair,
+    ):
+        eventually(lambda: answered(pair.printed("program")), "an answer", 20)
+        asked = pair.run("database", "curl", "-sS", PLAIN_ORACLE)
+        assert by_tor(asked.stdout), asked.stderr
+        assert len(docker.workloads()) == 1
+        verdict = judge(
+            "uplink",
+            uplink.stop(),
+            lab.rules(topology.GATEWAY, topology.GATEWAY6),
+            expect_some=True,
+        )
+    assert verdict.value is Value.CONTAINED, as_text([verdict])
     assert docker.workloads() == []

@@ -9,7 +9,7 @@ import pytest
 import roots
 from composed import Example, client, example, host_is_silent
 from docker_host import IMAGE, Dockerd
-from driver_host import Host, by_tor
+from driver_host import Host, answered, by_tor
 from lab_helpers import PLAIN_ORACLE
 from town import eventually
 
@@ -38,6 +38,17 @@ def test_apps(docker: Host, compose: str, variables: dict[str, str]) -> None:
         for service in ("first", "second"):
             eventually(lambda service=service: apps.printed(service), "an answer", 20)  # type: ignore[misc]
             assert by_tor(apps.printed(service)[0])
+
+
+@pytest.mark.promise("P1", "P8")
+def test_pair(docker: Host, compose: str, variables: dict[str, str]) -> None:
+    """A program and its database in one network."""
+    given = {**variables, "GATEWAY": docker.lab.name}
+    with (
+        host_is_silent(docker.dockerd),
+        example(Example(docker.dockerd, "pair", given, command=compose)) as pair,
+    ):
+        eventually(lambda: answered(pair.printed("program")), "an answer", 20)
 
 
 @pytest.mark.promise("P1", "P8", "P12")

@@ -13,7 +13,7 @@ import pytest
 from composed import Gone
 from docker_host import IMAGE
 from docker_machine import ASK, LONG, Docker
-from driver_host import by_tor
+from driver_host import answered, by_tor
 from harness import ROOT
 from lab_helpers import PLAIN_ORACLE
 from nsrun.leak.verdict import Value, as_text, judge
@@ -101,6 +101,14 @@ def test_apps_by_newer_releases(built: Docker) -> None:
         for service in ("first", "second"):
             eventually(lambda service=service: apps.printed(service), "an answer", 30)  # type: ignore[misc]
             assert by_tor(apps.printed(service)[0])
+
+
+@LONG
+@pytest.mark.promise("P1", "P8")
+def test_pair_by_newer_releases(built: Docker) -> None:
+    """A program and its database in one network of the driver."""
+    with example(built, "pair") as pair:
+        eventually(lambda: answered(pair.printed("program")), "an answer", 30)
 
 
 @LONG
