@@ -51,12 +51,13 @@ class Api:
         return lambda: _answer(connection)
 
     def events(self, **filters: list[str]) -> Iterator[Any]:
-        """What the daemon tells, from now on, until it ends."""
+        """What the daemon tells, until it ends; first of all None, when it begins to."""
         request = _request("GET", ("events",), {"filters": json.dumps(filters)})
         with self._send(request, None) as connection, connection.makefile("rb") as told:
             _status(told.readline())
             while told.readline().strip():
                 pass  # the headers
+            yield None
             yield from map(_parsed, told)
 
     def _ask(self, request: bytes) -> Any:

@@ -133,7 +133,10 @@ def _error(engine: Engine, container: str) -> str:
 
 
 def _hear(engine: Engine, news: SimpleQueue[bool]) -> None:
-    """Tell of every container that comes or goes, then of the daemon's end."""
+    """Tell of every container that comes or goes, then of the daemon's end.
+
+    First of all once it is heard: who went before that was there, perhaps, when we looked.
+    """
     with suppress(NsrunError), engine.doing("listen"):
         for _ in engine.api.events(type=["container"], event=["create", "destroy"]):
             news.put(True)

@@ -65,5 +65,5 @@ def test_an_answer_that_is_not_whole_is_none(tmp_path: Path, answer: bytes) -> N
 def test_events_end_with_the_daemon(tmp_path: Path) -> None:
     answer = b'HTTP/1.0 200 OK\r\nA: b\r\n\r\n{"id": 1}\n{"id": 2}\n'
     with daemon(tmp_path, answer) as (api, heard):
-        assert list(api.events(type=["container"])) == [{"id": 1}, {"id": 2}]
+        assert list(api.events(type=["container"])) == [None, {"id": 1}, {"id": 2}]
     assert heard[0].startswith(b"GET /events?filters=%7B%22type%22")
