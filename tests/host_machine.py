@@ -40,6 +40,18 @@ def watched(machine: Machine) -> Iterator[list[Capture]]:
         seen.append(wire.stop())
 
 
+@contextmanager
+def all_the_time(machine: Machine, *argv: str, user: str = "root") -> Iterator[None]:
+    """A command that runs beside the test, as a unit: so all of it ends with the block."""
+    unit = "beside.service"
+    run = ("systemd-run", "--quiet", "--collect", f"--unit={unit}", f"--uid={user}")
+    machine.run(*run, "--", *argv, check=True)
+    try:
+        yield
+    finally:
+        machine.run("systemctl", "stop", unit, check=True)
+
+
 def to(capture: Capture, kind: type, *addresses: str) -> list[Any]:
     """Frames of ``kind``, TCP or UDP, to one of the addresses."""
     return [

@@ -28,6 +28,8 @@ from nsrun.host.session import HostSpec, Session
 from nsrun.host.steps import CloseHost, CutHost, HostStep, OpenHost, TorifyHost
 
 LOG_BYTES = 1 << 20
+PATIENCE = 5.0  # seconds for the watchdog to end a look, and what it mends
+POLL = 0.05  # seconds; nothing tells when a lock is free, but by waiting without end
 Tell = Callable[[str], None]
 
 
@@ -116,15 +118,16 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
         host = machine.HostMachine(told.effects)
         for step in start_steps(made, helpers):
             if isinstance(step, TorifyHost):
+                # Tor 0.4.9.11 dies of a connection to a relay, another Tor's, that it gets sooner
+                tor.await_bootstrap(
+                    spec.bootstrap_timeout,
+                    lambda percent, words: told.words(f"Tor {percent} %: {words}"),
+                )
                 made = replace(made, redirected=True)
                 write_record(made)
             host.do(step)
             if isinstance(step, TorifyHost):
                 made = replace(made, rules=host.rules)
-        tor.await_bootstrap(
-            spec.bootstrap_timeout,
-            lambda percent, words: told.words(f"Tor {percent} %: {words}"),
-        )
     except BaseException:
         if made is not None:
             told.words("it failed: all is taken back")
@@ -270,18 +273,31 @@ def write_record(found: Session) -> None:
 
 
 @contextmanager
-def lock(*, wait: bool = False) -> Iterator[None]:
-    """One command at a time changes the host; the lock goes with the process."""
+def lock(seconds: float = PATIENCE) -> Iterator[None]:
+    """One command at a time changes the host; the lock goes with the process.
+
+    Raises NsrunError if another one holds it for longer than ``seconds``.
+    """
     paths.make_private(session.RUNTIME)
     directory = os.open(session.RUNTIME, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    deadline = time.monotonic() + seconds
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        while not _is_ours(directory):
+            if time.monotonic() >= deadline:
+                hint = "wait until it has ended"
+                raise NsrunError("change the host", "another `ttp` is at it", hint)
+            time.sleep(POLL)
         yield
-    except BlockingIOError as error:
-        hint = "wait until it has ended"
-        raise NsrunError("change the host", "another `ttp` is at it", hint) from error
     finally:
         os.close(directory)
+
+
+def _is_ours(directory: int) -> bool:
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

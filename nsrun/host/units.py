@@ -16,6 +16,7 @@ def tor_unit(tor: str, uid: int, gid: int) -> str:
     return f"""\
 [Unit]
 Description=Tor of the whole host, by ttp
+StartLimitIntervalSec=0
 
 [Service]
 Type=notify

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import select
 import signal
@@ -44,6 +45,7 @@ from nsrun.host.steps import (
 from nsrun.steps import WriteFile
 
 INTERVAL = 15.0  # seconds between two looks that nobody asked for
+UNSEEN = 1.0  # seconds to the next look while there is no Tor whose end could be told
 PAUSE = 0.2  # seconds from one look to the next at least, however much is changed meanwhile
 NFNLGRP_NFTABLES, RTMGRP_LINK = 7, 1  # linux/netfilter/nfnetlink.h; rtnetlink(7)
 # closed after writing, moved, made, deleted: inotify(7)
@@ -73,10 +75,11 @@ class Watch:
         """Until something has changed, or Tor has ended, or for so many seconds."""
         with ExitStack() as held:
             told: list[Any] = [self._files, *self._sockets]
-            if pid := machine.main_process(session.TOR_UNIT):
-                with suppress(ProcessLookupError):
-                    told.append(os.pidfd_open(pid))
-                    held.callback(os.close, told[-1])
+            try:
+                told.append(os.pidfd_open(machine.main_process(session.TOR_UNIT)))
+                held.callback(os.close, told[-1])
+            except OSError:  # it has ended since the last look, or is about to be started
+                seconds = min(seconds, UNSEEN)
             # a change of mounts is an exceptional condition (proc_pid_mountinfo(5))
             select.select(told, [], [self._mounts], seconds)
         self._read()
@@ -105,7 +108,7 @@ def verdict(found: Session | None, rules: str) -> Literal["end", "wait", "close"
 
 def look() -> bool:
     """Look once, and do what is to be done. False when there is no session any more."""
-    with control.lock(wait=True):
+    with control.lock(math.inf):
         found = control.current()
         wanted = verdict(found, machine.fingerprint())
         if found is not None and wanted == "close":

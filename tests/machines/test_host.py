@@ -18,7 +18,7 @@ from typing import IO
 
 import pytest
 
-from host_machine import CURL, SHOUT, START, as_seen, is_closed, state_of, to, watched
+from host_machine import CURL, SHOUT, START, all_the_time, as_seen, is_closed, state_of, to, watched
 from machine import Machine
 from nsrun.host import session
 from nsrun.lab import topology
@@ -30,6 +30,18 @@ from town import eventually
 OWN = (topology.HOST, topology.HOST6)
 PYTHON = "/usr/local/lib/ttp/bin/python"
 CUT = "Software caused connection abort\n"  # ECONNABORTED: what a destroyed socket says
+
+
+class FromRelays:
+    """What relays send on, for minutes, to a Tor that has gone; nobody answers it."""
+
+    name = "from relays, unanswered"
+
+    def covers(self, frame: Frame) -> bool:
+        match frame.body:
+            case Ip(source=source, target=target, body=Tcp(source_port=topology.OR_PORT)):
+                return source not in OWN and target in OWN
+        return False
 
 
 class ListenerReports:
@@ -458,8 +470,24 @@ def test_a_command_that_bypasses_tor_is_alone_in_clear(host: Machine) -> None:
     assert host.run("ttp", "bypass", "true", user="alice").returncode == 2
     pipe = subprocess.PIPE
     with host.start("ttp", "bypass", "cat", stdin=pipe, stdout=pipe) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        reader.stdin.write("here\n")
+        reader.stdin.flush()
+        assert reader.stdout.readline() == "here\n"
         host.run("ttp", "restart", *START[2:], check=True)
         assert reader.communicate("still here\n")[0] == "still here\n"  # not ours to end
+
+
+@pytest.mark.promise("P4")
+def test_who_wants_to_reach_a_relay_by_tor_does_not_keep_it_from_starting(host: Machine) -> None:
+    """Another Tor of the machine's does: it is refused, and Tor would die of it while it starts."""
+    relay = f"http://{topology.EXITS[0].addresses[0]}:{topology.OR_PORT}/"
+    host.run(*START, check=True)  # so that it knows the relays from the first moment on
+    host.run("ttp", "stop", check=True)
+    with all_the_time(host, "sh", "-c", f"while :; do curl -sm1 {relay}; done", user="alice"):
+        host.run(*START, check=True)
+        assert as_seen(host, "-4")["IsTor"] is True
 
 
 def test_a_diagnosis_tells_all_but_secrets(host: Machine) -> None:
@@ -682,6 +710,7 @@ def test_a_bridge_where_every_relay_is_blocked(host: Machine, tmp_path: Path) ->
         host.lab.do(*host.lab.inside_argv("router", "nft", "delete", "table", "inet", "censor"))
     reached = frozenset({(BRIDGE, topology.OR_PORT)})
     known = host.lab.neighbours(*OWN, topology.RESOLVER, topology.LAN_WEB)
-    rules: list[Rule] = [TcpToRelays(frozenset(OWN), reached), known, ListenerReports()]
+    to_the_bridge = TcpToRelays(frozenset(OWN), reached)
+    rules: list[Rule] = [to_the_bridge, FromRelays(), known, ListenerReports()]
     verdict = judge("p-host", seen[0], rules, expect_some=True)
     assert verdict.value is Value.CONTAINED, as_text([verdict])
