@@ -81,6 +81,7 @@ def _hear_signals() -> None:
 def _start_where_a_strict_command_can() -> None:
     if is_hidden():
         os.chdir("/")
+        os.environ["PWD"] = "/"  # else each shell would say so in its own way
 
 
 @pytest.fixture

@@ -50,6 +50,10 @@ HOST = """
 mkdir -p /run/ttp
 mount -t tmpfs -o mode=755 none /run/ttp
 for own in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o mode=1777 none $own; done
+mkdir -p "$1"
+mount --no-canonicalize --bind . "$1"  # the checkout, if it was in one of these
+cd "$0"
+shift
 hostname machine  # not that of a strict command
 ip link set lo up
 ip link add eth0 type veth peer name eth1  # a host has a link
@@ -90,12 +94,13 @@ class Copy:
         python = str(self.root / ".venv" / "bin" / "python3")
         options = ("-x", "-q", "--no-header", "-p", "no:cacheprovider")
         script = HOST.replace("COVER", "" if any("strict" in one for one in tests) else COVER)
-        inside = (*APART, "sh", "-ec", script, "sh", python, "-m", "pytest", *options, *tests)
+        there = (*APART, "sh", "-ec", script, str(self.root), str(ROOT))
+        inside = (*there, python, "-m", "pytest", *options, *tests)
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "CI": ""}
         try:
             done = subprocess.run(
                 inside,
-                cwd=self.root,
+                cwd=ROOT,
                 capture_output=True,
                 text=True,
                 timeout=SECONDS,
