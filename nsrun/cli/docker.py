@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,12 +87,14 @@ def run(
     from nsrun.containers import holders, options
 
     wanted = options.parse(arguments)
+    if pcap == "":
+        raise UsageError("record in the file ''", "it has no name")
     _need_root()
     engine = _engine()
     spec = RunSpec(
         ("docker", "run", wanted.image, *wanted.command),
         gateway,
-        name or _name(wanted),
+        _name(wanted) if name is None else name,
         ipv6=not no_ipv6,
         isolate=isolate,
         socks=socks,
@@ -159,9 +162,10 @@ def attach_network(
     if held is None and limits["NetworkMode"] != "none":
         cause = f"its network is {limits['NetworkMode']}"
         raise UsageError(f"attach {container}", cause, "docker run --network none …")
-    options.check_made(limits)
+    options.check_made(limits, engine.about["DefaultRuntime"])
     binds = [mount["Source"] for mount in made["Mounts"] if mount["Type"] == "bind"]
-    doors.check(binds, engine.about["DockerRootDir"])
+    doors.check(binds, engine.own)
+    _check_volumes(engine, [mount["Name"] for mount in made["Mounts"] if mount["Type"] == "volume"])
     chosen = name or (held.workload if held else made["Name"].removeprefix("/"))
     spec = RunSpec(
         ("docker", "attach-network", container),
@@ -232,7 +236,8 @@ def _check(engine: Engine, wanted: Wanted) -> None:
     from nsrun.containers import doors
     from nsrun.containers.options import LOG_DRIVERS
 
-    doors.check(wanted.binds, engine.about["DockerRootDir"])
+    doors.check(wanted.binds, engine.own)
+    _check_volumes(engine, wanted.volumes)
     driver = wanted.log_driver or engine.about["LoggingDriver"]
     if driver not in LOG_DRIVERS:
         cause = f"the daemon sends what containers print to elsewhere (log driver {driver})"
@@ -242,6 +247,20 @@ def _check(engine: Engine, wanted: Wanted) -> None:
     elif not engine.has(wanted.image):
         doing, cause = f"run the image {wanted.image}", "it is not on this machine"
         raise UsageError(doing, cause, PULL.format(wanted.image))
+
+
+def _check_volumes(engine: Engine, names: Iterable[str]) -> None:
+    """Those that are there already; what docker makes by itself is a directory of its own."""
+    from nsrun.containers import doors
+    from nsrun.containers.api import NOT_FOUND, RefusalError
+
+    for name in names:
+        with engine.doing(f"find the volume {name}"):
+            try:
+                doors.check_volume(engine.api.get("volumes", name), engine.own)
+            except RefusalError as error:
+                if error.status != NOT_FOUND:
+                    raise
 
 
 def _recorded(path: str) -> dict[str, int]:
@@ -273,7 +292,12 @@ def _hold(
     from nsrun.containers import holders, keeper
 
     holder = holders.create(engine, wanted, spec, resolver)
-    undo.callback(holders.remove, engine, holder)
+
+    def forget() -> None:
+        with suppress(NsrunError):  # what failed before is to be told; the keeper comes by, too
+            holders.remove(engine, holder)
+
+    undo.callback(forget)
     started = holders.start(engine, holder)
     keeper.start(engine)  # it gets ready meanwhile, and so do we
     from nsrun.containers import plugging  # takes 15 ms

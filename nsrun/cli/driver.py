@@ -18,7 +18,12 @@ app = typer.Typer(help="Docker's network driver: docker network create --driver 
 
 Root = Annotated[
     Path,
-    typer.Option("--root", help="Directory of another system, as for systemctl.", file_okay=False),
+    typer.Option(
+        "--root",
+        help="Directory of another system, as for systemctl.",
+        file_okay=False,
+        exists=True,
+    ),
 ]
 HERE = Path("/")
 

@@ -96,8 +96,9 @@ def _answer(connection: socket.socket) -> Any:
         head, _, content = told.read().partition(b"\r\n\r\n")
     status, lines = _status(head), content.splitlines()
     found = _parsed(lines[-1]) if lines else None
-    if status >= 400:
-        raise RefusalError(status, found["message"] if found else f"HTTP status {status}")
+    if not 200 <= status < 300:
+        why = found.get("message") if isinstance(found, dict) else None
+        raise RefusalError(status, why or f"HTTP status {status}: that is no name")
     return found
 
 

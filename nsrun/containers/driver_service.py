@@ -34,7 +34,8 @@ def install(program: str, root: Path) -> None:
     with ExitStack() as back:
         for name in UNITS:
             text = Path(nsrun.__file__).with_name("systemd").joinpath(name).read_text()
-            back.callback((directory / name).unlink, missing_ok=True)
+            if not (directory / name).exists():  # else it is a working one's
+                back.callback((directory / name).unlink, missing_ok=True)
             try:
                 directory.mkdir(parents=True, exist_ok=True)
                 (directory / name).write_text(text.replace("/usr/local/bin/ttp", program))

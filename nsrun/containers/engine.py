@@ -69,6 +69,11 @@ class Engine:
         """A command line of the docker program, for this daemon."""
         return [self.program, "--host", self.host, *words]
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Paths of the daemon's own: who has them, has the daemon. Raises NsrunError."""
+        return (self.about["DockerRootDir"], self.host.removeprefix("unix://"))
+
     @cached_property
     def about(self) -> dict[str, Any]:
         """What the daemon says of itself; it takes it 8 ms. Raises NsrunError."""
@@ -129,7 +134,8 @@ def _host(program: str) -> str:
     if not name:
         directory = os.environ.get("DOCKER_CONFIG") or Path("~/.docker").expanduser()
         with suppress(OSError, ValueError):
-            name = json.loads(Path(directory, "config.json").read_text()).get("currentContext", "")
+            told = json.loads(Path(directory, "config.json").read_text())
+            name = str((told.get("currentContext") if isinstance(told, dict) else "") or "")
     if name in ("", "default"):
         return SOCKET
     asked = (program, "context", "inspect", "--format", "{{.Endpoints.docker.Host}}", name)

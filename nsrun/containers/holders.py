@@ -53,7 +53,7 @@ class Holder:
 
 def started(pid: str) -> str:
     """A process, as ``creator`` has it: its number, and field 22 of proc_pid_stat(5)."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
         return f"{pid} {fields[19]}"
     return ""
@@ -128,7 +128,7 @@ def found(engine: Engine) -> list[Holder]:
     """All holders, with the containers that use them. Raises NsrunError."""
     with engine.doing("list the containers"):
         every = engine.api.get("containers", "json", all=1)
-    holders = [one for one in every if CREATOR in one["Labels"] and GATEWAY in one["Labels"]]
+    holders = [one for one in every if _is_holder(one)]
     users: dict[str, list[tuple[str, str, str]]] = {one["Id"]: [] for one in holders}
     for one in every:
         joined = str(one["HostConfig"].get("NetworkMode", "")).removeprefix(JOINS)
@@ -146,6 +146,13 @@ def found(engine: Engine) -> list[Holder]:
         )
         for one in holders
     ]
+
+
+def _is_holder(container: dict[str, Any]) -> bool:
+    """By what only ttp makes: anybody, an image too, can have its labels."""
+    image, mode = str(container["Image"]), container["HostConfig"].get("NetworkMode")
+    ours = image.startswith(f"{pause.NAME}:") and mode == "none"
+    return ours and {CREATOR, GATEWAY} <= container["Labels"].keys()
 
 
 def sweep(engine: Engine) -> list[Holder]:
@@ -168,4 +175,4 @@ def _image(engine: Engine) -> pause.Image:
 def _pairs(hosts: tuple[str, ...]) -> list[str]:
     """NAME:ADDRESS, or NAME=ADDRESS, as docker's --add-host takes them; the daemon the former."""
     pairs = (host.partition("=" if "=" in host else ":") for host in hosts)
-    return [f"{name}:{address}" for name, _, address in pairs]
+    return [f"{name}:{address.strip('[]')}" for name, _, address in pairs]

@@ -79,7 +79,7 @@ def revive(engine: Engine) -> Iterator[tuple[str, NsrunError | None]]:
     """
     with _one_at_a_time():
         for holder in holders.found(engine):
-            left_out = [name for name, *_ in holder.users if UNJOINED in _error(engine, name)]
+            left_out = [name for name, *_ in holder.users if _was_left_out(engine, name)]
             if holder.running or not left_out:
                 continue
             failed = None
@@ -127,9 +127,11 @@ def _start(engine: Engine, holder: Holder, containers: list[str]) -> None:
             engine.library.start(name)
 
 
-def _error(engine: Engine, container: str) -> str:
-    """Why the daemon last failed to start a container."""
-    return str(engine.inspect(container)["State"]["Error"])
+def _was_left_out(engine: Engine, container: str) -> bool:
+    """Whether the daemon was to start a container, and could not, for want of its holder."""
+    told = engine.inspect(container)
+    policy = told["HostConfig"]["RestartPolicy"]["Name"]
+    return policy not in ("", "no") and UNJOINED in told["State"]["Error"]
 
 
 def _hear(engine: Engine, news: SimpleQueue[bool]) -> None:
@@ -144,7 +146,7 @@ def _hear(engine: Engine, news: SimpleQueue[bool]) -> None:
 
 
 def _await(holder: Holder, news: SimpleQueue[bool]) -> None:
-    with suppress(OSError):  # it has ended
+    with suppress(OSError, ValueError):  # it has ended
         process = os.pidfd_open(int(holder.creator.partition(" ")[0]))
         if holders.started(holder.creator.partition(" ")[0]) == holder.creator:
             select.select([process], [], [])

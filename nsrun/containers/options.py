@@ -8,6 +8,7 @@ Sources: docker-run(1) of 20.10 to 28; capabilities(7); pflag, which docker pars
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,9 @@ CAPABILITIES = {
 #: Drivers that write on this machine; the others have the daemon send what a container prints.
 LOG_DRIVERS = ("json-file", "local", "journald", "none")
 DEVICES = ("/dev/dri", "/dev/snd", "/dev/kvm", "/dev/fuse", "/dev/nvidia", "/dev/kfd")
+_NVIDIA = re.compile(r"/dev/nvidia(\d+|ctl|-uvm|-uvm-tools|-modeset)")
+#: What ``--mount`` makes of this machine; docker takes them in any case.
+MOUNTS = ("bind", "volume", "tmpfs", "image")
 
 _NETWORK = "its network is what ttp sets up"
 _SERVER = "nobody can connect to a container behind Tor"
@@ -87,8 +91,9 @@ OF_COMMANDS = {
 class Wanted:
     """What a line asks for. ``kept`` are the options that docker is given as they are.
 
-    ``binds`` are paths of the host that it mounts. Names of the host and of others, which belong
-    to a network, are not for the container itself: ``hostname``, ``domainname``, ``hosts``.
+    ``binds`` are paths of the host that it mounts, ``volumes`` names of volumes. Names of the host
+    and of others, which belong to a network, are not for the container itself: ``hostname``,
+    ``domainname``, ``hosts``.
     """
 
     kept: tuple[str, ...]
@@ -99,6 +104,7 @@ class Wanted:
     domainname: str = ""
     hosts: tuple[str, ...] = ()
     binds: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
     pull: str = ""
     log_driver: str = ""
 
@@ -107,7 +113,7 @@ def parse(words: list[str]) -> Wanted:
     """What the words after ``docker run`` ask for. Raises UsageError with the option and why."""
     left = list(words)
     found = list(_options(left))
-    if not left:
+    if not left or not left[0]:
         raise UsageError(
             "run a container", "no image is given", "ttp docker run -- [OPTIONS] IMAGE"
         )
@@ -117,6 +123,7 @@ def parse(words: list[str]) -> Wanted:
     ours = {"hostname", "domainname", "add-host", "pull"}
     last = {name: value for name, value, _ in found}
     mounts = [_source(name, value) for name, value, _ in found if name in ("volume", "mount")]
+    sources = [source for source in mounts if source]
     return Wanted(
         tuple(word for name, _, said in found if name not in ours for word in said),
         left[0],
@@ -125,7 +132,8 @@ def parse(words: list[str]) -> Wanted:
         last.get("hostname", ""),
         last.get("domainname", ""),
         tuple(value for name, value, _ in found if name == "add-host"),
-        tuple(source for source in mounts if source),
+        tuple(source for source in sources if _is_path(source)),
+        tuple(source for source in sources if not _is_path(source)),
         last.get("pull", ""),
         last.get("log-driver", ""),
     )
@@ -139,14 +147,24 @@ def misplaced(option: str) -> tuple[str, str]:
     return OF_COMMANDS.get(name, ("", ""))
 
 
-def check_made(limits: dict[str, Any]) -> None:
-    """The same of a container that is there already, by its HostConfig. Raises UsageError."""
+def check_made(limits: dict[str, Any], runtime: str) -> None:
+    """The same of a container that is there already, by its HostConfig. Raises UsageError.
+
+    ``runtime`` is the daemon's default.
+    """
     asked = [("pid", limits["PidMode"]), ("ipc", limits["IpcMode"] or "private")]
     asked += [("cap-add", one) for one in limits["CapAdd"] or ()]
     asked += [("security-opt", one) for one in limits["SecurityOpt"] or ()]
     asked += [("device", one["PathOnHost"]) for one in limits["Devices"] or ()]
     asked += [("log-driver", limits["LogConfig"]["Type"])]
     asked += [("privileged", "true")] if limits["Privileged"] else []
+    asked += [("device-cgroup-rule", one) for one in limits.get("DeviceCgroupRules") or ()]
+    asked += [("volumes-from", one) for one in limits.get("VolumesFrom") or ()]
+    asked += [("sysctl", one) for one in limits.get("Sysctls") or ()]
+    asked += [("volume-driver", limits.get("VolumeDriver") or "local")]
+    asked += [("userns", limits["UsernsMode"])] if limits.get("UsernsMode") else []
+    if limits.get("Runtime", runtime) not in ("", runtime):
+        asked.append(("runtime", limits["Runtime"]))
     for name, value in asked:
         if why := _refusal(name, value):
             raise UsageError(f"use a container with --{name}", why)
@@ -236,7 +254,8 @@ def _security(value: str) -> str:
 
 def _device(value: str) -> str:
     path = value.partition(":")[0]
-    known = any(path == one or path.startswith((f"{one}/", f"{one}0")) for one in DEVICES)
+    known = any(path == one or path.startswith(f"{one}/") for one in DEVICES)
+    known = (known and ".." not in path.split("/")) or bool(_NVIDIA.fullmatch(path))
     return "" if known else f"{path} may be a way out; known not to be: {' '.join(DEVICES)} (P3)"
 
 
@@ -255,13 +274,18 @@ def _volume_driver(value: str) -> str:
 
 def _mount(value: str) -> str:
     words = _words(value)
+    if (kind := words.get("type", "volume").lower()) not in MOUNTS:
+        return f"{kind} is none of {', '.join(MOUNTS)} (P6)"
     by_other = words.get("volume-driver", "local") != "local" or "volume-opt" in words
     return "its driver outside may connect for it (P6)" if by_other else ""
 
 
 def _words(mount: str) -> dict[str, str]:
     """The fields of ``--mount``: one line of CSV, and of each key the last."""
-    fields = next(csv.reader([mount]), [])
+    try:
+        fields = next(csv.reader([mount]), [])
+    except csv.Error as error:
+        raise UsageError("run a container with --mount", error) from error
     pairs = [field.partition("=")[::2] for field in fields]
     return {{"src": "source"}.get(key.lower(), key.lower()): value for key, value in pairs}
 
@@ -285,9 +309,14 @@ _BY_VALUE: dict[str, Callable[[str], str]] = {
 
 
 def _source(name: str, value: str) -> str:
-    """The path of the host that a mount is of, if it is of one: a volume's name has no slash."""
+    """What of the host is mounted: a path, or the name of a volume; empty if it is nothing."""
     if name == "volume":
         source, colon, _ = value.partition(":")
-        return source if colon and ("/" in source or source.startswith((".", "~"))) else ""
+        return source if colon else ""
     words = _words(value)
-    return words.get("source", "") if words.get("type") == "bind" else ""
+    kind = words.get("type", "volume").lower()
+    return words.get("source", "") if kind in ("bind", "volume") else ""
+
+
+def _is_path(source: str) -> bool:
+    return "/" in source or source.startswith((".", "~"))

@@ -28,6 +28,7 @@ PROGRAMS = {
         ),
     ),
 }
+NAME = "ttp-holder"
 HEADER, SEGMENT = 64, 56  # bytes of Elf64_Ehdr and Elf64_Phdr
 
 
@@ -53,7 +54,7 @@ def image(machine: str) -> Image:
     }
     text = json.dumps(config, sort_keys=True).encode()
     digest = hashlib.sha256(text).hexdigest()
-    tag = f"ttp-holder:{digest[:12]}"
+    tag = f"{NAME}:{digest[:12]}"
     name = f"{digest}.json"
     manifest = [{"Config": name, "RepoTags": [tag], "Layers": ["layer.tar"]}]
     files = {"manifest.json": json.dumps(manifest).encode(), name: text, "layer.tar": layer}

@@ -39,9 +39,13 @@ def found(engine: Engine) -> list[dict[str, str]]:
         running = {one["Id"]: one for one in engine.library.containers()}
         ours = _networks(engine)
     for one in running.values():
-        for end in one["NetworkSettings"]["Networks"].values():
+        networks = one["NetworkSettings"]["Networks"]
+        others = [name for name, end in networks.items() if end["NetworkID"] not in ours]
+        for end in networks.values():
             if end["NetworkID"] in ours:
                 add(_told(one), ours[end["NetworkID"]], driver.workload(end["EndpointID"]))
+                if others:
+                    rows[-1]["identity"] = f"LEAKS by its other network: {' '.join(others)}"
     of_holders = {(holder.gateway, holder.workload) for holder in held}
     for (gateway, name), told in live.items():
         attached = running.get(_container(told["pid"]))

@@ -365,3 +365,60 @@ def test_who_is_not_root_is_told_so(as_user: list[str]) -> None:
             "ttp: cannot put a container behind Tor: only root can reach into the network of one\n"
             "hint: use sudo\n"
         )
+
+
+@pytest.mark.promise("P9")
+def test_who_has_its_labels_is_no_holder(engine: Dockerd) -> None:
+    """A container, by itself or by its image, whatever the labels say; it is nobody's to remove."""
+    labels = ("--label", "ttp.gateway=x", "--label", "ttp.creator=none")
+    engine.docker("run", "-d", "--name", "theirs", *labels, IMAGE, "sleep", "100")
+    assert engine.run("-d", "--name", "ours", *labels, IMAGE, "sleep", "100").returncode == 0
+    listed = engine.do(TTP, "docker", "ps")
+    assert (listed.returncode, "theirs" in listed.stdout) == (0, False), listed.stderr
+    assert "ours" in listed.stdout
+    assert {"/theirs", "/ours"} <= set(
+        engine.docker(
+            "inspect", "--format", "{{.Name}}", *engine.docker("ps", "-q").stdout.split()
+        ).stdout.split()
+    )
+
+
+@pytest.mark.promise("P6", "P10")
+def test_no_mount_is_a_way_out_by_another_spelling(engine: Dockerd) -> None:
+    """A bind in capitals; a volume that is a name for /run, of a new container or a running one."""
+    capital = engine.run("--rm", "--mount", "type=BIND,source=/run,target=/x", IMAGE, "ls", "/x")
+    assert (capital.returncode, capital.stdout) == (125, "")
+    as_run = ("--opt", "type=none", "--opt", "o=bind", "--opt", "device=/run")
+    engine.docker("volume", "create", *as_run, "door")
+    try:
+        by_name = engine.run("--rm", "-v", "door:/x", IMAGE, "ls", "/x")
+        assert (by_name.returncode, by_name.stdout) == (125, "")
+        assert "leads to /run" in by_name.stderr
+        engine.docker(
+            "run",
+            "-d",
+            "--network",
+            "none",
+            "--name",
+            "lone",
+            "-v",
+            "door:/x",
+            IMAGE,
+            "sleep",
+            "100",
+        )
+        attach = (TTP, "docker", "attach-network", "-g", engine.lab.name, "lone")
+        assert "leads to /run" in engine.do(*attach).stderr
+        assert engine.run("--rm", "-v", "plain:/x", IMAGE, "ls", "/x").returncode == 0  # control
+    finally:
+        engine.clear()
+        engine.docker("volume", "rm", "door", "plain")
+
+
+def test_names_that_are_none_are_said_to_be(engine: Dockerd) -> None:
+    """Empty, or a path; and a recording without a file."""
+    attach = (TTP, "docker", "attach-network", "-g", engine.lab.name)
+    for name in ("", "../info"):
+        done = engine.do(*attach, name)
+        assert done.stderr.startswith("ttp: cannot find the container"), done.stderr
+    assert "it has no name" in engine.run(IMAGE, "true", options=("--pcap", "")).stderr

@@ -19,7 +19,7 @@ import pytest
 
 from docker_host import IMAGE
 from driver_host import CURL, Host, by_tor, container, create, loopback_resolver
-from lab_helpers import PLAIN_ORACLE
+from lab_helpers import PLAIN_ORACLE, TTP
 from nsrun.lab import topology
 from nsrun.leak.verdict import Value, as_text, judge
 from probe import PROBES, TOKEN
@@ -135,6 +135,7 @@ def test_a_second_network_is_refused_or_told_of(docker: Host) -> None:
         docker.docker("network", "connect", "plain", "tor-first")
         code, told = docker.status()
         assert (code, told["containers"][0]["links"]) == (1, ["eth0", "eth1"])
+        assert "LEAKS by its other network: plain" in docker.dockerd.do(TTP, "docker", "ps").stdout
         docker.docker("network", "disconnect", "plain", "tor-first")
         assert docker.status()[0] == 0
 

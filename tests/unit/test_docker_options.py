@@ -28,7 +28,7 @@ def test_a_line_is_told_apart_as_docker_does() -> None:
                 "--restart",
                 "always",
                 "--mount",
-                "type=bind,src=/s,dst=/x",
+                "type=BIND,src=/s,dst=/x",
             ),
             *("--cap-add", "sys_nice", "--privileged=false", "-itu", "root", "--pull", "missing"),
             *("image:tag", "-v", "--net", "host"),
@@ -39,6 +39,7 @@ def test_a_line_is_told_apart_as_docker_does() -> None:
     assert (found.name, found.hostname, found.pull) == ("one", "box", "missing")
     assert found.hosts == ("a:1.2.3.4",)
     assert found.binds == ("/data", "/s")
+    assert found.volumes == ("named",)
     kept = " ".join(found.kept)
     assert kept.startswith(
         "-d -i -t -e A=1 -v /data:/d -v named:/n --name=one --rm --restart always"
@@ -78,6 +79,7 @@ def test_who_forgets_the_dashes_is_told_so(option: str, why: str) -> None:
         *("--cap-add NET_ADMIN", "--cap-add=ALL", "--cap-add CAP_NET_RAW", "--cap-add sys_admin"),
         *("--pid host", "--pid=container:x", "--ipc=host", "--ipc container:x", "--userns host"),
         *("--log-driver syslog", "--log-driver=gelf", "--runtime kata", "--volumes-from x"),
+        *("--mount type=npipe,src=/a,dst=/b", "--device /dev/dri/../net/tun"),
         *("--device /dev/net/tun", "--device=/dev/mem:/dev/x", "--device-cgroup-rule c"),
         *("--sysctl net.ipv4.ip_forward=1", "--security-opt seccomp=unconfined"),
         *("--security-opt apparmor:unconfined", "--use-api-socket", "--volume-driver nfs"),
@@ -96,7 +98,10 @@ def test_what_would_break_a_promise_is_refused_by_name(line: str) -> None:
 
 def test_what_is_missing_is_said() -> None:
     """An image; a value."""
-    for words, cause in ((["--rm"], "no image"), (["-v"], "needs a value"), (["--env"], "a value")):
+    for words, cause in (
+        *((["--rm"], "no image"), ([""], "no image"), (["-v"], "needs a value")),
+        (["--mount", "\ntype=bind", "image"], "--mount"),
+    ):
         with pytest.raises(UsageError, match=cause):
             parse(words)
 
@@ -107,16 +112,22 @@ def test_one_that_is_there_is_judged_likewise() -> None:
     plain = dict.fromkeys(("CapAdd", "SecurityOpt", "Devices"))
     plain |= {"PidMode": "", "IpcMode": "private", "Privileged": False}
     plain |= {"LogConfig": {"Type": "json-file"}}
-    check_made(plain)
+    check_made(plain, "runc")
+    check_made({**plain, "Runtime": "runc", "UsernsMode": "", "Sysctls": None}, "runc")
     for key, value in (
         ("Privileged", True),
         ("CapAdd", ["NET_ADMIN"]),
         ("PidMode", "host"),
         ("Devices", [{"PathOnHost": "/dev/net/tun"}]),
         ("LogConfig", {"Type": "gelf"}),
+        ("DeviceCgroupRules", ["a *:* rwm"]),
+        ("UsernsMode", "host"),
+        ("Runtime", "kata"),
+        ("VolumesFrom", ["other"]),
+        ("VolumeDriver", "nfs"),
     ):
         with pytest.raises(UsageError):
-            check_made({**plain, key: value})
+            check_made({**plain, key: value}, "runc")
 
 
 @pytest.mark.promise("P6")
@@ -131,8 +142,19 @@ def test_no_door_is_mounted(tmp_path: Path) -> None:
     shut += ["/var/lib"]
     for path in shut:
         with pytest.raises(UsageError):
-            doors.check([path], str(tmp_path / "root"))
-    doors.check([str(tmp_path / "plain"), str(tmp_path / "new"), "/etc"], str(tmp_path / "root"))
+            doors.check([path], [str(tmp_path / "root")])
+    doors.check([str(tmp_path / "plain"), str(tmp_path / "new"), "/etc"], [str(tmp_path / "root")])
+
+
+@pytest.mark.promise("P6")
+def test_no_volume_is_a_door_by_another_name() -> None:
+    """A path of the host's, another machine's files, another driver's; plain ones may be."""
+    bind = {"type": "none", "o": "bind,ro", "device": "/run"}
+    for driver, options in (("nfs", {}), ("local", bind), ("local", {"type": "nfs", "o": "rw"})):
+        with pytest.raises(UsageError):
+            doors.check_volume({"Name": "v", "Driver": driver, "Options": options}, [])
+    for plain in (None, {}, {"type": "tmpfs", "device": "tmpfs"}, {**bind, "device": "/srv"}):
+        doors.check_volume({"Name": "v", "Driver": "local", "Options": plain}, [])
 
 
 def test_the_image_is_always_the_same() -> None:
