@@ -64,6 +64,7 @@ def render_closed(table: str = "ttp") -> str:
         (
             Chain("filter_out", "filter", "output", rules, "drop"),
             Chain("filter_forward", "filter", "forward", (), "drop"),
+            Chain("filter_in", "filter", "input", (_from_before(),)),
         ),
         table,
     )
@@ -349,12 +350,16 @@ def _incoming(policy: HostPolicy) -> Iterator[Rule]:
         for rule, port in zip(listeners, (policy.trans_port, policy.dns_port), strict=True):
             yield replace(rule, not_iif="lo", dport=(port,), translated=False)
     if policy.own == "all":
-        yield Rule(
-            "P1 answers to connections from before",
-            "drop",
-            not_iif="lo",
-            protocol="tcp",
-            not_dport=policy.services,
-            states=("new",),
-            not_opening=True,
-        )
+        yield replace(_from_before(), not_dport=policy.services)
+
+
+def _from_before() -> Rule:
+    """Else it would be answered: by a reset, if nobody knows of the connection."""
+    return Rule(
+        "P1 answers to connections from before",
+        "drop",
+        not_iif="lo",
+        protocol="tcp",
+        states=("new",),
+        not_opening=True,
+    )
