@@ -286,7 +286,7 @@ def lock(seconds: float = PATIENCE) -> Iterator[None]:
             if time.monotonic() >= deadline:
                 hint = "wait until it has ended"
                 raise NsrunError("change the host", "another `ttp` is at it", hint)
-            time.sleep(POLL)
+            time.sleep(POLL)  # the interval of the poll
         yield
     finally:
         os.close(directory)

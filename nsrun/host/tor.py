@@ -30,7 +30,7 @@ def await_bootstrap(seconds: float, tell: Callable[[int, str], None]) -> None:
             if time.monotonic() >= deadline:
                 cause = f"Tor is at {percent} % after {seconds:g} s: {summary}"
                 raise GatewayError("wait for Tor", cause, HINT)
-            time.sleep(POLL)
+            time.sleep(POLL)  # the interval of the poll: one connection answers, or tells of events
 
 
 def progress() -> tuple[int, str]:
