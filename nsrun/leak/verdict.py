@@ -98,6 +98,25 @@ class Neighbours:
 
 
 @dataclass(frozen=True)
+class GroupReports:
+    """The groups that a kernel joins with a link, told before it has an address (RFC 3810, 5.2.13).
+
+    Some random time after the link is up, so that they are in a capture or are not. A guard lets
+    none out; they are for the wire of a gateway whose guard is known to be missing.
+    """
+
+    name: str = "of a new link's groups"
+
+    def covers(self, frame: Frame) -> bool:
+        match frame.body:
+            case Ip(
+                source="::", target="ff02::16", extensions=("hop-by-hop",), body=Icmp() as icmp
+            ):
+                return (icmp.version, icmp.kind) == (6, 143) and _plain(frame)
+        return False
+
+
+@dataclass(frozen=True)
 class Markers:
     """The proofs of taps, each with its secret token, so that nobody else can pass for one."""
 

@@ -11,6 +11,7 @@ from nsrun.leak import frames, pcap
 from nsrun.leak.frames import Arp, Ethernet, Frame, Icmp, Ip, Marker, Tcp, Udp
 from nsrun.leak.pcap import Capture
 from nsrun.leak.verdict import (
+    GroupReports,
     Markers,
     Neighbours,
     Rule,
@@ -70,6 +71,22 @@ def value(body: Ip | Arp | Marker | None, **around: int) -> Value:
 def test_what_a_rule_names_is_contained(body: Ip | Arp) -> None:
     """TCP with relays both ways, ARP and neighbour discovery among neighbours."""
     assert value(body) == Value.CONTAINED
+
+
+def test_what_a_new_link_says_of_its_groups_is_for_a_missing_guard_only() -> None:
+    """From nobody, to all multicast routers, a report; a workload's, with an address, is none."""
+    body = Ip(6, "::", "ff02::16", 1, 58, ("hop-by-hop",), body=Icmp(6, 143, 0))
+    seen = frame(body)
+    assert judge("gateway", capture(seen), [*ALLOW, GroupReports()]).value == Value.CONTAINED
+    assert judge("gateway", capture(seen), ALLOW).value == Value.LEAK
+    for other in (
+        replace(body, source="fd00::2"),
+        replace(body, target="ff02::1"),
+        replace(body, body=Icmp(6, 131, 0)),
+        replace(body, extensions=()),
+    ):
+        found = judge("gateway", capture(frame(other)), [*ALLOW, GroupReports()])
+        assert found.value == Value.LEAK, other
 
 
 @pytest.mark.parametrize(
