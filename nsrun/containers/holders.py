@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # who only sweeps needs neither
 GATEWAY, WORKLOAD, CREATOR = "ttp.gateway", "ttp.workload", "ttp.creator"  # labels
 ISOLATE, IPV6, SOCKS = "ttp.isolate", "ttp.ipv6", "ttp.socks"  # what the workload was given
 JOINS = "container:"
+ENDED = "ZX"  # states of a process
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,13 @@ class Holder:
 
 
 def started(pid: str) -> str:
-    """A process, as ``creator`` has it: its number, and field 22 of proc_pid_stat(5)."""
+    """A process, as ``creator`` has it: its number, and field 22 of proc_pid_stat(5).
+
+    Empty for one that has ended, a zombie too: when its parent reaps it, nobody is told.
+    """
     with suppress(OSError, ValueError):
         fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
-        return f"{pid} {fields[19]}"
+        return f"{pid} {fields[19]}" if fields[0] not in ENDED else ""
     return ""
 
 

@@ -100,6 +100,15 @@ def test_nothing_is_left_of_it(engine: Dockerd) -> None:
     eventually(lambda: not keepers(engine), "its keeper to end")
 
 
+@pytest.mark.promise("P8")
+def test_nothing_is_left_though_nobody_asks_how_it_ended(engine: Dockerd) -> None:
+    """A parent that is busy, or leaves zombies: docker has ended all the same."""
+    command = (TTP, "docker", "run", "-g", engine.lab.name, "--", "--rm", IMAGE, "true")
+    with subprocess.Popen(command, env=engine.environment) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        eventually(lambda: not engine.containers(), "the holder to go")
+
+
 @pytest.mark.parametrize(
     ("command", "code"),
     [(("sh", "-c", "exit 42"), 42), (("true",), 0), (("nosuchcommand",), 127), (("/etc",), 126)],
