@@ -86,7 +86,8 @@ CANARIES = (
 class HostTor:
     """What the Tor of a whole host needs to know. Paths are absolute; automap ranges as in tor(1).
 
-    ``ipv6`` says that loopback has it, ``reaches_ipv6`` that relays may be asked by it.
+    ``ipv6`` says that loopback has it, ``reaches_ipv6`` that relays may be asked by it. ``socks``
+    is a socket for who owns its directory, or empty.
     """
 
     data: str
@@ -98,11 +99,12 @@ class HostTor:
     automap6: str
     ipv6: bool
     reaches_ipv6: bool
+    socks: str = ""
     fragments: tuple[str, ...] = ()
 
 
 def render_host(config: HostTor) -> str:
-    """The torrc of a whole host: listeners on loopback only, and no proxy that could be asked."""
+    """The torrc of a whole host: listeners on loopback only, and no proxy that others could ask."""
     hosts = ("127.0.0.1", "[::1]") if config.ipv6 else ("127.0.0.1",)
     network, _, length = config.automap6.partition("/")
     lines = [
@@ -113,7 +115,7 @@ def render_host(config: HostTor) -> str:
         "ClientOnly 1",
         *(f"TransPort {host}:{config.trans_port} SessionGroup=1" for host in hosts),
         *(f"DNSPort {host}:{config.dns_port} SessionGroup=1" for host in hosts),
-        "SocksPort 0",
+        f"SocksPort {_quoted(f'unix:{config.socks}') if config.socks else 0}",
         "AutomapHostsOnResolve 1",
         "AutomapHostsSuffixes .onion",
         f"VirtualAddrNetworkIPv4 {config.automap4}",

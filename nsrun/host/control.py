@@ -22,7 +22,7 @@ from pathlib import Path
 from nsrun import paths
 from nsrun.errors import NsrunError, UsageError
 from nsrun.host import facts, machine, oracle, session, tor
-from nsrun.host.plan import start_steps
+from nsrun.host.plan import policy, start_steps
 from nsrun.host.rules import render_closed
 from nsrun.host.session import HostSpec, Session
 from nsrun.host.steps import CloseHost, CutHost, HostStep, OpenHost, TorifyHost
@@ -230,8 +230,7 @@ def _again(found: Session, spec: HostSpec, told: Ears) -> Outcome:
 
 def _verified(found: Session, told: Ears, *, fresh: bool) -> Outcome:
     machine.verify(found.rules)
-    exempt = (*found.facts.bypass_uids, *found.facts.bypass_gids)
-    seen = oracle.ask(exempt)
+    seen = oracle.ask(policy(found))
     why = seen.error or f"seen as {seen.address}, which is not Tor's"
     told.effects(f"verified: seen as {seen.address}" if seen.is_tor else f"not verified: {why}")
     found = found.at("up", exit=seen.address if seen.is_tor else "")

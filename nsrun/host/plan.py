@@ -99,5 +99,6 @@ def tor_config(made: Session, helpers: Mapping[str, str]) -> torrc.HostTor:
         automap6=rules.automap6,
         ipv6=rules.ipv6,
         reaches_ipv6=facts.reaches_ipv6,
+        socks=session.SOCKS if rules.own in ("onion", "none") else "",  # for nsrun.host.oracle
         fragments=(*fragments, spec.torrc),
     )

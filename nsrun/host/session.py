@@ -22,6 +22,7 @@ TOR_RUNTIME = "/run/tor/ttp"
 TORRC = f"{TOR_RUNTIME}/torrc"
 CONTROL = f"{TOR_RUNTIME}/control.sock"
 COOKIE = f"{TOR_RUNTIME}/auth_cookie"
+SOCKS = f"{TOR_RUNTIME}/socks.sock"
 TOR_STATE = "/var/lib/tor/ttp"
 TOR_UNIT, WATCHDOG = "ttp-tor.service", "ttp-watchdog.service"
 BYPASS = "ttp_bypass.slice"  # no "-": that would be a slice within a slice (systemd.slice(5))
