@@ -19,6 +19,7 @@ from nsrun.errors import ExitCode, NsrunError, UsageError
 
 UNREAD = (errno.EPIPE, errno.ENOSPC)  # of what has no name, as standard output
 CHECK_LEAK = "check-leak"  # what may be used inside a workload
+LOGGED = ("restart", "start")  # where --log-format is an option, which may stand before, too
 GROUPS = ("config", "docker", "gateway", "lab", "watchdog")  # each a module, with its own commands
 ABOUT_WORKLOADS = ("inspect", "kill", "logs", "ps", "refresh", "rm", "wait")  # a module together
 
@@ -37,8 +38,18 @@ def _main(
     debug: Annotated[  # noqa: ARG001  main() looks for it before anything can fail
         bool, typer.Option("--debug", help="Show a traceback when ttp itself fails.")
     ] = False,
+    log_format: Annotated[
+        str | None,
+        typer.Option("--log-format", metavar="FORMAT", help="Of ttp start and ttp restart."),
+    ] = None,
 ) -> None:
-    if Path(enter.WORKLOAD_MARK).exists() and context.invoked_subcommand != CHECK_LEAK:
+    verb = context.invoked_subcommand or ""
+    if log_format is not None:
+        if verb not in LOGGED:
+            cause = "a session's log keeps the form that it begins with"
+            raise UsageError(f"use --log-format with {verb}", cause, "ttp start --log-format json")
+        context.default_map = {verb: {"log_format": log_format}}
+    if Path(enter.WORKLOAD_MARK).exists() and verb != CHECK_LEAK:
         raise UsageError(
             "use ttp inside a workload",
             "this process is behind Tor already, and so is what it starts",

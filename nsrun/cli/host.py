@@ -15,7 +15,7 @@ from nsrun.cli import output
 from nsrun.cli.run import CONTEXT
 from nsrun.errors import ExitCode, NsrunError, UsageError
 from nsrun.host import bridges, session
-from nsrun.host.session import HostSpec
+from nsrun.host.session import HostSpec, LogFormat
 from nsrun.torrc import check_fragment
 
 if TYPE_CHECKING:
@@ -78,6 +78,10 @@ Torrc = Annotated[
 Watchdog = Annotated[
     bool, typer.Option("--watchdog", "-w", help="See to it that it stays so: ttp watchdog.")
 ]
+LogForm = Annotated[
+    LogFormat,
+    typer.Option("--log-format", help="How the log of the session is written, see ttp logs."),
+]
 Command = Annotated[list[str], typer.Argument(metavar="COMMAND [ARGS]…", show_default=False)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every effect, as it happens.")]
 
@@ -122,6 +126,7 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
         bridge: Bridge = None,
         torrc: Torrc = None,
         watchdog: Watchdog = False,
+        log_format: LogForm = "text",
         verbose: Verbose = False,
     ) -> None:
         lines = _bridges(use_bridges, bridge_file, bridge or [])
@@ -138,6 +143,7 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
             bridges=bridges.check(lines),
             torrc=check_fragment(_text(torrc), str(torrc)) if torrc else "",
             watchdog=watchdog,
+            log_format=log_format,
         )
         act(spec, verbose)
 

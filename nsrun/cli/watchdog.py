@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from nsrun.cli.host import Verbose, ears
 from nsrun.errors import ExitCode
 from nsrun.host import session
+from nsrun.host.session import INTERVAL, HostSpec
+
+Interval = Annotated[
+    float,
+    typer.Option(
+        "--interval", metavar="SECONDS", help="How often to look, told or not: 1 to 3600."
+    ),
+]
 
 app = typer.Typer(help="See to it that the host stays behind Tor.")
 
 
 @app.command()
-def start(verbose: Verbose = False) -> None:
-    """Watch the session, as a service."""
+def start(interval: Interval = INTERVAL, verbose: Verbose = False) -> None:
+    """Watch the session, as a service; one that looks at another interval is started anew."""
     from nsrun.host import control
 
-    control.watch(on=True, ears=ears(verbose))
+    control.watch(HostSpec(interval=interval).interval, ears(verbose))
 
 
 @app.command()
@@ -24,7 +34,7 @@ def stop(verbose: Verbose = False) -> None:
     """Watch it no more."""
     from nsrun.host import control
 
-    control.watch(on=False, ears=ears(verbose))
+    control.watch(None, ears(verbose))
 
 
 @app.command()
@@ -38,10 +48,10 @@ def status() -> None:
         raise typer.Exit(ExitCode.FAILED)
 
 
-@app.command()
-def run() -> None:
+@app.command(hidden=True)
+def run(interval: Interval = INTERVAL) -> None:
     """Be the watchdog, until there is no session: what the service does."""
     from nsrun.host import control, watchdog
 
     control.need_root("watchdog run")
-    watchdog.main()
+    watchdog.main(HostSpec(interval=interval).interval)

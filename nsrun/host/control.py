@@ -8,26 +8,22 @@ another one that was killed has left.
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from nsrun import paths
 from nsrun.errors import NsrunError, UsageError
-from nsrun.host import facts, machine, oracle, session, tor
+from nsrun.host import facts, log, machine, oracle, session, tor
 from nsrun.host.plan import policy, start_steps
 from nsrun.host.rules import render_closed
 from nsrun.host.session import HostSpec, Session
 from nsrun.host.steps import CloseHost, CutHost, HostStep, OpenHost, TorifyHost
 
-LOG_BYTES = 1 << 20
 PATIENCE = 5.0  # seconds for the watchdog to end a look, and what it mends
 POLL = 0.05  # seconds; nothing tells when a lock is free, but by waiting without end
 Tell = Callable[[str], None]
@@ -114,6 +110,7 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
         facts.check_ports(spec)
         helpers = facts.helpers(spec.bridges)
         made = Session(spec, facts.probe(spec), os.getpid(), time.time())
+        log.write(logging.INFO, "a session begins", spec.log_format)
         write_record(made)
         host = machine.HostMachine(told.effects)
         for step in start_steps(made, helpers):
@@ -159,22 +156,24 @@ def refresh() -> None:
     tor.renew()
 
 
-def watch(*, on: bool, ears: Ears) -> None:
-    """Start or stop the watchdog of the session. Raises NsrunError."""
-    doing = "watchdog start" if on else "watchdog stop"
+def watch(interval: float | None, ears: Ears) -> None:
+    """Start the watchdog of the session, that looks every so many seconds, or stop it: None.
+
+    One that looks at another interval is stopped first. Raises NsrunError.
+    """
+    doing = "watchdog stop" if interval is None else "watchdog start"
     need_root(doing)
     with lock(), _log(ears) as told:
         found = _need_session(doing)
-        watched = found.at(found.state, spec=replace(found.spec, watchdog=True))
-        host = machine.HostMachine(told.effects)
-        *_, step = steps_of(watched)  # it is the last
+        spec = replace(found.spec, watchdog=True, interval=interval or session.INTERVAL)
+        *_, step = steps_of(found.at(found.state, spec=spec))  # it is the last
         inverse = step.undo()
-        if on:
-            write_record(watched)
-            host.do(step)
-        elif inverse is not None:
+        host = machine.HostMachine(told.effects)
+        if interval != found.spec.interval and inverse is not None:
             host.do(inverse)
-            write_record(found.at(found.state, spec=replace(found.spec, watchdog=False)))
+        write_record(found.at(found.state, spec=replace(spec, watchdog=interval is not None)))
+        if interval is not None:
+            host.do(step)
 
 
 def check(ears: Ears) -> Outcome:
@@ -219,8 +218,9 @@ def _need_session(doing: str) -> Session:
 
 
 def _again(found: Session, spec: HostSpec, told: Ears) -> Outcome:
-    watchdog = spec.watchdog or found.spec.watchdog  # started since, perhaps
-    asked = replace(spec, bridges=(), torrc="", watchdog=watchdog)
+    asked = replace(spec, bridges=(), torrc="")
+    if found.spec.watchdog:  # started since, perhaps
+        asked = replace(asked, watchdog=True, interval=found.spec.interval)
     if asked != found.spec:
         raise UsageError(
             "start with these options", "it is up with others", "ttp restart, with the options"
@@ -302,15 +302,10 @@ def _is_ours(directory: int) -> bool:
 @contextmanager
 def _log(ears: Ears) -> Iterator[Ears]:
     """What is told goes into the log as well; of a step its first line is enough."""
-    handler = RotatingFileHandler(session.LOG, maxBytes=LOG_BYTES, backupCount=1)
-    Path(session.LOG).chmod(0o600)
-    handler.setFormatter(Formatter())
-    logger = logging.Logger("ttp", logging.INFO)
-    logger.addHandler(handler)
 
     def kept(tell: Tell) -> Tell:
         def say(words: str) -> None:
-            logger.info(words.partition("\n")[0].removesuffix(" <<'EOF'"))
+            log.write(logging.INFO, words.partition("\n")[0].removesuffix(" <<'EOF'"))
             tell(words)
 
         return say
@@ -318,27 +313,10 @@ def _log(ears: Ears) -> Iterator[Ears]:
     try:
         yield Ears(kept(ears.words), kept(ears.effects))
     except NsrunError as error:
-        logger.error("%s", error)
+        log.write(logging.ERROR, str(error))
         raise
-    finally:
-        handler.close()
 
 
 def note(words: str) -> None:
     """A line of the log, by who holds the lock."""
-    with _log(Ears()) as told:
-        told.words(words)
-
-
-class Formatter(logging.Formatter):
-    """One line each, in UTC."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        when = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        return f"{when} {record.levelname} {record.getMessage()}"
-
-
-def as_json(line: str) -> str:
-    """A line of the log as JSON: ``timestamp``, ``level``, ``message``."""
-    when, level, message = [*line.split(" ", 2), "", ""][:3]
-    return json.dumps({"timestamp": when, "level": level, "message": message})
+    log.write(logging.INFO, words)

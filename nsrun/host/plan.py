@@ -77,7 +77,12 @@ def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ..
         WriteFile(session.RESOLV_CONF, units.resolv_conf(), 0o644, 0, 0),
         *(CoverFile(path, session.RESOLV_CONF) for path in facts.resolv_confs),
         *(
-            (StartUnit(f"{session.UNITS}/{session.WATCHDOG}", units.watchdog(facts.python)),)
+            (
+                StartUnit(
+                    f"{session.UNITS}/{session.WATCHDOG}",
+                    units.watchdog(facts.python, spec.interval),
+                ),
+            )
             if spec.watchdog
             else ()
         ),

@@ -30,12 +30,16 @@ UNITS = "/run/systemd/system"  # of volatile units: gone at reboot (systemd.unit
 RESOLVED = "/run/systemd/resolved.conf.d/ttp.conf"  # resolved.conf(5)
 TRANS_PORT, DNS_PORT = 9041, 9054
 
+INTERVAL = 15.0  # seconds between two looks of the watchdog that nothing called for
+
 State = Literal["closed", "starting", "up", "locked", "stopping"]
+LogFormat = Literal["text", "json"]
 
 
 @dataclass(frozen=True)
 class HostSpec:
-    """The options of ``ttp start``. ``lan`` says that private addresses are reached directly.
+    """The options of ``ttp start``. ``lan`` says that private addresses are reached directly;
+    ``interval`` is the watchdog's, in seconds.
 
     ``bridges`` and ``torrc``, which may be secret, are no part of the record.
     """
@@ -52,9 +56,14 @@ class HostSpec:
     bridges: tuple[str, ...] = ()
     torrc: str = ""
     watchdog: bool = False
+    interval: float = INTERVAL
+    log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
         check_seconds("--bootstrap-timeout", self.bootstrap_timeout)
+        if not 1 <= self.interval <= 3600:  # NaN neither
+            cause = f"{self.interval:g} is not from 1 to 3600 seconds"
+            raise UsageError("look at that --interval", cause)
         for option, port in (
             ("--transport-port", self.trans_port),
             ("--dns-port", self.dns_port),

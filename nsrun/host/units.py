@@ -62,7 +62,7 @@ def bypass() -> str:
     return "[Unit]\nDescription=Commands that bypass Tor, by ttp\n"
 
 
-def watchdog(python: str) -> str:
+def watchdog(python: str, interval: float) -> str:
     """It outlives Tor, which it starts again; however often it is killed, it comes back itself.
 
     In the host's mounts, where it mends the resolver: options that give it its own are left out.
@@ -74,7 +74,7 @@ After={session.TOR_UNIT}
 StartLimitIntervalSec=0
 
 [Service]
-ExecStart={python} -P -m nsrun.host.watchdog
+ExecStart={python} -P -m nsrun.host.watchdog {interval:g}
 Restart=on-failure
 RestartSec=1
 UMask=0022

@@ -1,7 +1,7 @@
-"""``python3 -m nsrun.host.watchdog``: see to it that a session stays as it was made.
+"""``python3 -m nsrun.host.watchdog SECONDS``: see to it that a session stays as it was made.
 
 The kernel tells of every change to rules, links and mounts, and to the files that lead to the
-resolver; and every fifteen seconds all is looked at without being told. There are two kinds of
+resolver; and every so many seconds all is looked at without being told. There are two kinds of
 trouble:
 
 tampering  the rules are not as they were loaded: everything is closed, and people are told; what
@@ -44,7 +44,6 @@ from nsrun.host.steps import (
 )
 from nsrun.steps import WriteFile
 
-INTERVAL = 15.0  # seconds between two looks that nobody asked for
 UNSEEN = 1.0  # seconds to the next look while there is no Tor whose end could be told
 PAUSE = 0.2  # seconds from one look to the next at least, however much is changed meanwhile
 NFNLGRP_NFTABLES, RTMGRP_LINK = 7, 1  # linux/netfilter/nfnetlink.h; rtnetlink(7)
@@ -57,7 +56,8 @@ log = logging.getLogger("ttp")
 class Watch:
     """What the kernel tells, by descriptors to wait on."""
 
-    def __init__(self, directories: Sequence[str]) -> None:
+    def __init__(self, directories: Sequence[str], interval: float) -> None:
+        self._interval = interval
         rules = netlink.connect(netlink.NETLINK_NETFILTER)
         rules.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
         links = netlink.connect(netlink.NETLINK_ROUTE)
@@ -69,10 +69,11 @@ class Watch:
         for directory in directories:
             if libc.inotify_add_watch(self._files, os.fsencode(directory), CHANGES) < 0:
                 why = os.strerror(ctypes.get_errno())
-                log.warning("%s is looked at every %g s: %s", directory, INTERVAL, why)
+                log.warning("%s is looked at every %g s: %s", directory, interval, why)
 
-    def wait(self, seconds: float) -> None:
-        """Until something has changed, or Tor has ended, or for so many seconds."""
+    def wait(self) -> None:
+        """Until something has changed, or Tor has ended, or it is time to look anyway."""
+        seconds = self._interval
         with ExitStack() as held:
             told: list[Any] = [self._files, *self._sockets]
             try:
@@ -175,7 +176,7 @@ def _is_same(target: str, source: str) -> bool:
         return False
 
 
-def main() -> None:
+def main(interval: float) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     found = control.current()
@@ -184,7 +185,7 @@ def main() -> None:
     leading = (session.RESOLV_CONF, *found.facts.resolv_confs)
     resolved = (session.RESOLVED,) if found.facts.resolved else ()
     files = ("/etc/resolv.conf", *leading, *resolved)
-    watch = Watch(sorted({str(Path(one).parent) for one in files}))
+    watch = Watch(sorted({str(Path(one).parent) for one in files}), interval)
     while True:
         try:
             if not look():
@@ -192,8 +193,8 @@ def main() -> None:
         except NsrunError as error:
             log.warning("%s", error)
         time.sleep(PAUSE)  # what changes in it is still there to be told
-        watch.wait(INTERVAL)
+        watch.wait()
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))

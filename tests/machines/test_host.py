@@ -93,6 +93,23 @@ def test_the_documented_life_of_a_session(host: Machine) -> None:
     assert as_seen(host, "-4") == {"IsTor": False, "IP": topology.WAN}
 
 
+def test_the_log_of_a_session_can_be_json(host: Machine) -> None:
+    """From its start to its end, whoever writes; the option may stand before the command, too."""
+    for wrong in (("--log-format", "xml", "start"), ("--log-format", "json", "stop")):
+        assert host.run("ttp", *wrong).returncode == 2, wrong
+    host.run("ttp", "--log-format", "json", *START[1:], check=True)
+    other = host.run(*START)
+    assert other.returncode == 2, "another log is another session"
+    host.run("ttp", "stop", check=True)
+    told = [json.loads(line) for line in host.run("ttp", "logs", check=True).stdout.splitlines()]
+    assert {tuple(one) for one in told} == {("timestamp", "level", "logger", "message")}
+    assert told[0]["message"] == "a session begins"
+    assert any(one["level"] == "ERROR" and "with others" in one["message"] for one in told)
+    assert told[-1]["message"] == "nft delete table inet ttp"
+    host.run("sh", "-c", f"rm {session.LOG}*", check=True)
+    host.run("ttp", "stop")  # begins the log again
+
+
 def test_who_is_not_root_may_look_and_no_more(host: Machine) -> None:
     """Exit code 2, and nothing is changed; and without a session, there is none to stop."""
     for verb in ("start", "stop", "restart", "check", "refresh", "logs"):

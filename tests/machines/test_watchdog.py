@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -164,3 +165,39 @@ def test_accidents_are_mended_and_lock_nobody_out(host: Machine) -> None:
     assert not to(seen[0], Udp, topology.RESOLVER, topology.RESOLVER6)
     host.run("sh", "-c", "while umount /etc/resolv.conf; do :; done")  # theirs, between ours
     host.run("ttp", "stop", check=True)
+
+
+# What no event tells: the directory that is watched is another one.
+MOVED = "cd /run/systemd && mv resolved.conf.d /run/was-$0 && mkdir resolved.conf.d"
+
+
+def test_it_looks_as_often_as_it_is_told_to(host: Machine) -> None:
+    """Untold, with --interval; the control: one that looks every hour does not find it."""
+    assert host.run(*START, "--watchdog").returncode == 0
+    for interval in ("0", "0.5", "3601", "nan", "soon"):
+        for verb in ("start", "run"):
+            done = host.run("ttp", "watchdog", verb, "--interval", interval)
+            assert done.returncode == 2, (verb, interval)
+    for interval, finds in (("3600", False), ("1", True)):
+        host.run("ttp", "watchdog", "start", "--interval", interval, check=True)
+        eventually(partial(is_at_rest, host), "its first look")
+        host.run("sh", "-c", MOVED, interval, check=True)
+        time.sleep(2.5)  # longer than the one, shorter than the other
+        assert host.path(session.RESOLVED).exists() is finds, interval
+    assert "up already" in host.run(*START, check=True).stdout
+    host.run("rm", "-r", "/run/was-3600", "/run/was-1", check=True)
+
+
+def is_at_rest(machine: Machine) -> bool:
+    """Whether it waits: it has had no turn for a while."""
+    status = machine.path(f"/proc/{watchdog(machine)}/status")
+    before = turns(status)
+    time.sleep(0.4)  # a look takes less
+    return before > 0 and turns(status) == before
+
+
+def turns(status: Path) -> int:
+    """Voluntary ones; 0 while there is no such process."""
+    if not status.exists():
+        return 0
+    return int(status.read_text().rpartition("\nvoluntary_ctxt_switches:")[2].split()[0])

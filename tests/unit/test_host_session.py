@@ -46,6 +46,9 @@ OBFS4 = f"obfs4 192.0.2.1:443 {PRINT} cert=abc iat-mode=0"
         {"interface": "eth0\nup"},
         {"interface": "a/b"},
         {"bootstrap_timeout": -1.0},
+        {"interval": 0.5},
+        {"interval": 3601.0},
+        {"interval": float("nan")},
     ],
 )
 def test_options_are_checked(wrong: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def test_systemd_understands_the_units_of_a_whole_host(tmp_path: Path, name: str
 
 def test_systemd_understands_the_unit_of_the_watchdog_and_nothing_binds_it(tmp_path: Path) -> None:
     """T12: Tor's restart, by the watchdog itself too, must not end the watchdog."""
-    text = units.watchdog("/usr/bin/python3")
+    text = units.watchdog("/usr/bin/python3", 15.0)
     done = verify(tmp_path / session.WATCHDOG, text)
     assert (done.returncode, done.stderr) == (0, "")
     assert not {"Requires", "BindsTo", "PartOf"} & {line.split("=")[0] for line in text.split()}
