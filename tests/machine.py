@@ -140,7 +140,8 @@ WantedBy=multi-user.target network-online.target
     "etc/ttp/config.toml": '[gateway.default]\ntorrc = "lab.torrc"\n',
 }
 
-# Without counters, lifetimes, and what systemd loads and forgets by itself.
+# Without counters, lifetimes, and what systemd loads and forgets by itself. What is enabled or masked
+# is told by links: to ask systemd for it takes longer than all else.
 STATE = """
 ip -o link; ip -o address | sed -E 's/(valid|preferred)_lft [^ ]+//g'
 for family in -4 -6; do ip $family route show table all; ip $family rule; done
@@ -149,13 +150,12 @@ grep -H . /proc/sys/net/ipv[46]/conf/*/*forwarding /proc/sys/net/ipv4/conf/*/rou
     /proc/sys/net/ipv4/ip_forward
 findmnt --raw --noheadings --output TARGET,SOURCE,FSTYPE,OPTIONS | grep -v ^/run/credentials
 ls -l /etc/resolv.conf; cat /etc/resolv.conf; resolvectl dns; resolvectl domain
-list() { systemctl "$@" --no-legend --plain --full; }
-list list-units --state=active,failed --type=service,socket,timer,mount |
+systemctl list-units --no-legend --plain --full --state=active,failed \\
+    --type=service,socket,timer,mount |
     awk '{print $1, $3}' | grep -v -e ^user -e ^systemd-tmpfiles -e ^run-credentials \\
         -e ^netavark-dhcp-proxy
-list list-unit-files | awk '{print $1, $2}' | sort
-find /etc /run/systemd/system /run/ttp /run/tor /usr/local -xdev \\
-    -printf '%p %M %u %l\\n' 2>/dev/null | sort
+find /etc /usr/lib/systemd /run/systemd/system* /run/systemd/generator* /run/systemd/transient \\
+    /run/ttp /run/tor /usr/local -xdev -printf '%p %M %u %l\\n' 2>/dev/null | sort
 find /etc -xdev -type f -exec sha256sum {} + | sort -k 2
 """
 

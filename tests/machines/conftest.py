@@ -8,6 +8,7 @@ import pytest
 
 from docker_machine import Docker, docker
 from machine import Machine, debian
+from nsrun.host import session
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,7 +33,8 @@ def host(machine: Machine) -> Iterator[Machine]:
 
     But for the log, which is there until the next boot; the first command begins it.
     """
-    machine.run("ttp", "stop")
+    if not machine.path(session.LOG).exists():
+        machine.run("ttp", "stop")
     before = machine.state()
     yield machine
     machine.run("ttp", "stop")

@@ -56,7 +56,7 @@ def test_its_sshd_answers_the_lan(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_its_state_tells_what_was_changed(machine: Machine) -> None:
-    """A table, an address, a mount, a unit, a file; and nothing when they are gone."""
+    """A table, an address, a mount, units, a file; and nothing when they are gone."""
     before = machine.state()
     assert machine.changes(before) == ""
     for change, undo, told in (
@@ -64,7 +64,7 @@ def test_its_state_tells_what_was_changed(machine: Machine) -> None:
         ("ip address add 192.0.2.1/32 dev lo", "ip address del 192.0.2.1/32 dev lo", "192.0.2.1"),
         ("mount -t tmpfs none /mnt", "umount /mnt", "/mnt none tmpfs"),
         ("systemctl stop ssh", "systemctl start ssh", "-ssh.service active"),
-        ("systemctl -q mask ufw", "systemctl -q unmask ufw", "ufw.service masked"),
+        ("systemctl -q mask ufw", "systemctl -q unmask ufw", "ufw.service lrwxrwxrwx root /dev/null"),
         ("echo >>/etc/hosts", "sed -i $d /etc/hosts", "/etc/hosts"),
     ):
         machine.run(*change.split() if ">" not in change else ("sh", "-c", change), check=True)
