@@ -3,8 +3,8 @@ PREFIX ?= /usr/local
 bin := .venv/bin
 as_root = [ "$$(id -u)" = 0 ] || sudo -n true 2>/dev/null || sudo -v
 
-# Two processes share the tests (tests/spread.py): most of them wait for Tor or for a deadline.
-share = -n 2
+# Four processes share the tests (tests/spread.py): most of them wait for Tor or for a deadline.
+share = -n 4
 
 # Tests marked `root` change to other users themselves; a user runs them through sudo.
 by_sudo = sudo -n -E PYTHONDONTWRITEBYTECODE=1 $(bin)/pytest -p no:cacheprovider

@@ -140,8 +140,8 @@ WantedBy=multi-user.target network-online.target
     "etc/ttp/config.toml": '[gateway.default]\ntorrc = "lab.torrc"\n',
 }
 
-# Without counters, lifetimes, and what systemd loads and forgets by itself. What is enabled or masked
-# is told by links: to ask systemd for it takes longer than all else.
+# Without counters, lifetimes, and what systemd loads and forgets by itself. What is enabled or
+# masked is told by links: to ask systemd for it takes longer than all else.
 STATE = """
 ip -o link; ip -o address | sed -E 's/(valid|preferred)_lft [^ ]+//g'
 for family in -4 -6; do ip $family route show table all; ip $family rule; done

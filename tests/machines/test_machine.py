@@ -64,7 +64,11 @@ def test_its_state_tells_what_was_changed(machine: Machine) -> None:
         ("ip address add 192.0.2.1/32 dev lo", "ip address del 192.0.2.1/32 dev lo", "192.0.2.1"),
         ("mount -t tmpfs none /mnt", "umount /mnt", "/mnt none tmpfs"),
         ("systemctl stop ssh", "systemctl start ssh", "-ssh.service active"),
-        ("systemctl -q mask ufw", "systemctl -q unmask ufw", "ufw.service lrwxrwxrwx root /dev/null"),
+        (
+            "systemctl -q mask ufw",
+            "systemctl -q unmask ufw",
+            "ufw.service lrwxrwxrwx root /dev/null",
+        ),
         ("echo >>/etc/hosts", "sed -i $d /etc/hosts", "/etc/hosts"),
     ):
         machine.run(*change.split() if ">" not in change else ("sh", "-c", change), check=True)

@@ -10,25 +10,53 @@ from pathlib import Path
 import pytest
 
 from harness import ROOT
-from spread import group, order
+from spread import choice, group, order, place
+
+ROOTS, USERS = "tests/lab/test_a.py::test_a[root]", "tests/lab/test_a.py::test_a[user]"
+ENGINES = "tests/machines/test_b.py::test_b[held-trixie]"
 
 
-def test_all_tests_of_a_lab_keep_together() -> None:
+def test_a_place_is_what_is_booted() -> None:
     """Root's lab and a user's are two; whoever is named elsewhere in a test's parameters."""
-    root = group("tests/lab/test_run.py::test_exit[root-user-42]")
-    user = group("tests/lab/test_run.py::test_exit[user-root-42]")
+    root = place("tests/lab/test_run.py::test_exit[root-user-42]")
+    user = place("tests/lab/test_run.py::test_exit[user-root-42]")
     assert root != user
-    assert root == group("tests/lab/test_shared.py::test_member[--strict-id-root]")
-    assert root == group("tests/lab/test_mutation.py::test_a_guard")
-    assert user == group("tests/lab/test_many.py::test_many[user]")
-    assert group("tests/containers/test_a.py::test_a") == group("tests/containers/test_b.py::test")
+    assert root == place("tests/lab/test_shared.py::test_member[--strict-id-root]")
+    assert root == place("tests/lab/test_mutation.py::test_a_guard")
+    assert user == place("tests/lab/test_many.py::test_many[user]")
+    plain = place("tests/machines/test_b.py::test_b")
+    assert len({root, user, plain, place(ENGINES), place(ENGINES.replace("trixie", "sid"))}) == 5
+    assert place("tests/unit/test_paths.py::test_a[user]") == ""
 
 
-def test_others_keep_together_by_file_and_begin_later() -> None:
-    """In the order of their file, as without processes."""
-    first, second = "tests/unit/test_paths.py::test_a[user]", "tests/unit/test_paths.py::test_b"
-    assert group(first) == group(second) == "tests/unit/test_paths.py"
-    assert order("tests/lab/test_run.py::test_a") < order("tests/containers/x.py::y") < order(first)
+def test_tests_keep_together_by_file_and_place() -> None:
+    """In the order of their file, as without processes; what takes long begins."""
+    assert group(ROOTS) == group(ROOTS.replace("[root]", "_too"))
+    assert len({group(ROOTS), group(USERS), group(ROOTS.replace("_a.py", "_b.py"))}) == 3
+    unit = "tests/unit/test_paths.py::test_a"
+    assert group(unit) == group(f"{unit}[user]") != group(unit.replace("paths", "a"))
+    kill = "tests/lab/test_kill.py::test_a[user]"
+    assert order(ENGINES) < order(kill) < order(ROOTS) < order("tests/containers/x.py::y")
+    assert order("tests/containers/x.py::y") < order(unit)
+
+
+def test_a_process_stays_where_it_is_and_then_helps_others() -> None:
+    """First where nobody is, then where most is left; what needs no place fills the gaps."""
+    queue = {
+        "unit": ["tests/unit/test_paths.py::test_a"],
+        "root a": [ROOTS],
+        "user a": [USERS],
+        "user b": [USERS],
+        "engine": [ENGINES],
+    }
+    root, user, engine = place(ROOTS), place(USERS), place(ENGINES)
+    assert choice("", [], queue) == "user a"
+    assert choice(root, [user, user], queue) == "root a"
+    assert choice("elsewhere", [user, root], queue) == "engine"
+    assert choice("elsewhere", [user, root, engine], queue) == "user a"
+    assert choice(user, [user], {"unit": queue["unit"], "root a": [ROOTS]}) == "root a"
+    assert choice(user, [user], {"unit": queue["unit"]}) == "unit"
+    assert choice("", [""], queue) == "user a"
 
 
 def run(directory: Path, *options: str) -> str:
