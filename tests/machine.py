@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 import roots
-from lab_helpers import Lab
+from lab_helpers import TTP, Lab
 from nsrun.lab import topology
 from nsrun.leak.frames import Frame, Icmp, Ip
 from nsrun.leak.verdict import Rule
@@ -337,7 +337,8 @@ def debian(suite: str = SUITE, *, gateway: bool = False) -> Iterator[Machine]:
     name = f"m{os.getpid() % 100000}-{next(NUMBERS)}"
     with tempfile.TemporaryDirectory(prefix="ttp-lab-") as home:
         lab = Lab(name, "root", (), Path(home))
-        up = lab.ttp("lab", "up", name, "--gateway" if gateway else "--no-gateway")
+        network = "--gateway" if gateway else "--no-gateway"
+        up = lab.do(TTP, "lab", "up", name, network, seconds=100)  # the first one bakes
         assert up.returncode == 0, up.stderr
         try:
             with machine(lab, suite) as made:

@@ -12,7 +12,7 @@ import pytest
 from composed import images
 from docker_host import Dockerd, dockerd
 from driver_host import Host, create
-from lab_helpers import Lab
+from lab_helpers import TTP, Lab
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def docker_lab(as_root: list[str]) -> Iterator[Lab]:
     name = f"d{os.getpid() % 100000}"
     with tempfile.TemporaryDirectory(prefix="ttp-docker-") as home:
         lab = Lab(name, "root", tuple(as_root), Path(home))
-        up = lab.ttp("lab", "up", name)
+        up = lab.do(TTP, "lab", "up", name, seconds=100)  # the first one bakes
         assert up.returncode == 0, up.stderr
         try:
             yield lab

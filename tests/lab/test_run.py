@@ -266,12 +266,18 @@ def test_verbose_echoes_every_effect(lab: Lab) -> None:
 
 def test_a_plan_is_printed_and_nothing_done(lab: Lab) -> None:
     """ttp plan: every step, the ruleset, and no gateway afterwards."""
-    before = lab.ttp("gateway", "ls").stdout
-    done = lab.ttp("plan", "--", "curl", "x")
+    ttp = (
+        "env",
+        f"TTP_RUNTIME_DIR={lab.home}/plans",
+        TTP,
+    )  # where nobody else starts one meanwhile
+    before = lab.do(*ttp, "gateway", "ls")
+    assert before.returncode == 0, before.stderr
+    done = lab.do(*ttp, "plan", "--", "curl", "x")
     assert done.returncode == 0, done.stderr
     for line in ("ip netns add gateway", "table inet ttp", "pasta", "setpriv", "exec curl x"):
         assert line in done.stdout
-    assert lab.ttp("gateway", "ls").stdout == before
+    assert lab.do(*ttp, "gateway", "ls").stdout == before.stdout
 
 
 def test_a_plan_on_a_gateway_that_is_up_is_what_is_done(lab: Lab) -> None:
