@@ -10,9 +10,10 @@ from typing import Any
 from lab_helpers import ORACLE
 from machine import Machine
 from nsrun.lab import topology
-from nsrun.leak.frames import Ip
+from nsrun.leak.frames import Frame, Icmp, Ip, Tcp
 from nsrun.leak.pcap import Capture
 
+OWN = (topology.HOST, topology.HOST6)
 START = ("ttp", "start", "--torrc", "/etc/ttp/lab.torrc")
 CURL = ("curl", "-sS", "--max-time", "20")
 # By UDP, which is for nobody, all the time.
@@ -29,6 +30,30 @@ while time.monotonic() < end:
             pass
     time.sleep(0.0005)
 """
+
+
+class FromRelays:
+    """What relays send on, for minutes, to a Tor that has gone; nobody answers it."""
+
+    name = "from relays, unanswered"
+
+    def covers(self, frame: Frame) -> bool:
+        match frame.body:
+            case Ip(source=source, target=target, body=Tcp(source_port=topology.OR_PORT)):
+                return source not in OWN and target in OWN
+        return False
+
+
+class ListenerReports:
+    """What a link that comes up sends to routers: to which groups it listens (RFC 9777)."""
+
+    name = "reports of listeners"
+
+    def covers(self, frame: Frame) -> bool:
+        match frame.body:
+            case Ip(target="ff02::16", body=Icmp(kind=143)):
+                return True
+        return False
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,13 @@ from nsrun.cli import output
 from nsrun.cli.run import CONTEXT
 from nsrun.errors import ExitCode, NsrunError, UsageError
 from nsrun.host import bridges, session
-from nsrun.host.session import HostSpec, LogFormat
+from nsrun.host.session import HostFacts, HostSpec, LogFormat
 from nsrun.torrc import check_fragment
 
 if TYPE_CHECKING:
     from nsrun.host.control import Ears, Outcome
+
+MOST = 1 << 20  # bytes of a file of options: what never ends is not read on and on
 
 Interface = Annotated[
     str,
@@ -66,7 +69,13 @@ UseBridges = Annotated[
 ]
 BridgeFile = Annotated[
     Path | None,
-    typer.Option("--bridge-file", help="File with bridge lines.", dir_okay=False, exists=True),
+    typer.Option(
+        "--bridge-file",
+        help="File with bridge lines; - is standard input.",
+        dir_okay=False,
+        exists=True,
+        allow_dash=True,
+    ),
 ]
 Bridge = Annotated[
     list[str] | None, typer.Option("--bridge", metavar="LINE", help="A bridge line; repeatable.")
@@ -178,6 +187,10 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         told: dict[str, object] = {"state": found.state if found else "stopped"}
         if found:
             told |= {"since": found.since, "exit": found.exit, "interface": found.facts.interface}
+            told |= {
+                "tor_resolvers": list(found.facts.tor_resolvers),
+                "tor_udp": found.facts.tor_udp,
+            }
         output.as_json(told)
     elif found is None:
         print("stopped: the host is not behind Tor")
@@ -191,6 +204,8 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             "interface": found.facts.interface or "-",
             "bypass": _exempt(found.spec),
         }
+        if opened := _opened(found.facts):
+            rows["bridges"] = opened
         for key, value in rows.items():
             print(f"{key:<10} {client.visible(value)}")
     if found is None:
@@ -300,6 +315,12 @@ def _exempt(spec: HostSpec) -> str:
     return " ".join((*lan, *root, *spec.bypass_users, *spec.bypass_groups)) or "-"
 
 
+def _opened(facts: HostFacts) -> str:
+    """What is let out for the sake of bridges, besides TCP of Tor's."""
+    names = (f"names from {', '.join(facts.tor_resolvers)}",) if facts.tor_resolvers else ()
+    return "; ".join((*names, *(("UDP",) if facts.tor_udp else ())))
+
+
 def _names(text: str) -> tuple[str, ...]:
     """The names of a list with commas."""
     found = tuple(name.strip() for name in text.split(",")) if text else ()
@@ -318,7 +339,13 @@ def _bridges(use: bool, file: Path | None, given: list[str]) -> list[str]:
 
 
 def _text(file: Path) -> str:
+    """With or without the mark that Windows puts first; of ``-`` the standard input."""
+    stdin = str(file) == "-"
     try:
-        return file.read_text()
+        with sys.stdin.buffer if stdin else file.open("rb") as stream:
+            text = stream.read(MOST + 1)
+        if len(text) > MOST:
+            raise UsageError(f"read {file}", f"it has more than {MOST >> 20} MiB")
+        return text.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"read {file}", error) from error

@@ -19,7 +19,7 @@ from pathlib import Path
 from nsrun import paths
 from nsrun.errors import NsrunError, UsageError
 from nsrun.host import facts, log, machine, oracle, session, tor
-from nsrun.host.plan import policy, start_steps
+from nsrun.host.plan import policy, start_steps, tor_text
 from nsrun.host.rules import render_closed
 from nsrun.host.session import HostSpec, Session
 from nsrun.host.steps import CloseHost, CutHost, HostStep, OpenHost, TorifyHost
@@ -98,18 +98,20 @@ def restart(spec: HostSpec, ears: Ears) -> Outcome:
     need_root("restart")
     with lock(), _log(ears) as told:
         found = current()
-        facts.probe(spec)  # what is wrong with the request is said while all is as it was
         return _start(spec, found, told)
 
 
 def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
+    _examine(spec, before)
     made = before
     try:
         if before is not None:
             _take_back(before, told, stay_closed=True)
         facts.check_ports(spec)
         helpers = facts.helpers(spec.bridges)
-        made = Session(spec, facts.probe(spec), os.getpid(), time.time())
+        found = facts.probe(spec)
+        facts.check_resolvers(spec, found)
+        made = Session(spec, found, os.getpid(), time.time())
         log.write(logging.INFO, "a session begins", spec.log_format)
         write_record(made)
         host = machine.HostMachine(told.effects)
@@ -134,6 +136,15 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
                 _close(before, told)  # as it was
         raise
     return _verified(made, told, fresh=True)
+
+
+def _examine(spec: HostSpec, before: Session | None) -> None:
+    """What is wrong with the request is said while all is as it was. Raises NsrunError."""
+    found = facts.probe(spec)
+    if before is None or before.state == "closed":  # else our own resolv.conf is what is there
+        facts.check_resolvers(spec, found)
+    made = Session(spec, found, os.getpid(), time.time())
+    facts.check_torrc(found, tor_text(made, facts.helpers(spec.bridges)))
 
 
 def stop(ears: Ears) -> None:
@@ -221,11 +232,21 @@ def _again(found: Session, spec: HostSpec, told: Ears) -> Outcome:
     asked = replace(spec, bridges=(), torrc="")
     if found.spec.watchdog:  # started since, perhaps
         asked = replace(asked, watchdog=True, interval=found.spec.interval)
-    if asked != found.spec:
+    helpers = facts.helpers(spec.bridges)
+    if asked != found.spec or not _is_torrc(tor_text(replace(found, spec=spec), helpers)):
         raise UsageError(
             "start with these options", "it is up with others", "ttp restart, with the options"
         )
     return _verified(found, told, fresh=False)
+
+
+def _is_torrc(text: str) -> bool:
+    """Whether it is that of the session, but for the order of its lines."""
+    try:
+        there = Path(session.TORRC).read_text(errors="replace")
+    except FileNotFoundError:
+        return False
+    return set(there.splitlines()) == set(text.splitlines())
 
 
 def _verified(found: Session, told: Ears, *, fresh: bool) -> Outcome:

@@ -21,20 +21,9 @@ LINES = 20  # of the journal
 
 def sections() -> Iterator[tuple[str, str]]:
     """A title and a text each."""
-    secrets = _secrets(_text(session.TORRC))
+    torrc = _text(session.TORRC)
     for title, text in _sections():
-        for secret in sorted(secrets, key=len, reverse=True):  # the whole before its parts
-            text = text.replace(secret, "…")
-        yield title, text
-
-
-def _secrets(torrc: str) -> set[str]:
-    """What could tell one of the bridges: its words, and the address without its port."""
-    found = set()
-    for line in re.findall(r"^\s*Bridge\s+(.*)", torrc, re.MULTILINE | re.IGNORECASE):
-        words = {word for word in line.split() if word not in bridges.HELPERS}
-        found |= words | {word.rpartition(":")[0].strip("[]") for word in words if ":" in word}
-    return found - {""}
+        yield title, bridges.without_secrets(text, torrc)
 
 
 def _sections() -> Iterator[tuple[str, str]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 from nsrun import facts, netlink
@@ -47,7 +49,61 @@ def probe(spec: HostSpec) -> HostFacts:
         bypass_gids=people.exempt_groups(DOING, spec.bypass_groups),
         cgroups=Path("/sys/fs/cgroup/cgroup.controllers").exists(),
         made=_absent("/run/tor", session.TOR_RUNTIME),
+        tor_resolvers=resolvers() if bridges.need_names(spec.bridges) else (),
+        tor_udp=bridges.need_udp(spec.bridges),
     )
+
+
+def resolvers() -> tuple[str, ...]:
+    """Addresses of this host's resolvers, but for those on loopback.
+
+    For systemd-resolved, which is on loopback, whom it asks.
+    """
+    for path in (resolv_conf(), "/run/systemd/resolve/resolv.conf"):
+        found = re.findall(r"^nameserver\s+(\S+)", _text(path), re.MULTILINE)
+        if outside := tuple(one for one in found if not _is_loopback(one)):
+            return outside
+    return ()
+
+
+def _is_loopback(address: str) -> bool:
+    """What is no address is of no use either."""
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return True
+
+
+def check_resolvers(spec: HostSpec, found: HostFacts) -> None:
+    """Raises UsageError where a bridge cannot be found by its name."""
+    if bridges.need_names(spec.bridges) and not found.tor_resolvers:
+        cause = "a bridge line has a name, and there is no resolver but on loopback"
+        raise UsageError(DOING, cause, "a nameserver elsewhere in /etc/resolv.conf")
+
+
+def check_torrc(found: HostFacts, text: str) -> None:
+    """Have Tor read a torrc that is not yet in effect, as the user who owns its directories.
+
+    Raises UsageError with what it says.
+    """
+    command = (found.tor, "--verify-config", "--hush", "--defaults-torrc", "/dev/null", "-f", "-")
+    done = subprocess.run(
+        command,
+        input=text,
+        capture_output=True,
+        text=True,
+        user=found.tor_uid,
+        group=found.tor_gid,
+        extra_groups=(),
+    )
+    if done.returncode:
+        said = re.findall(
+            r"\[(?:warn|err)\] (?:Failed to parse/validate config: )?(.*)", done.stdout
+        )
+        # the last is that there are warnings above; those before may be about nothing
+        why = said[-2] if len(said) > 1 else f"exit code {done.returncode}"
+        cause = bridges.without_secrets(why, text)
+        raise UsageError("use these options for Tor", cause, "see --torrc and --bridge; tor(1)")
 
 
 def resolv_conf() -> str:
@@ -77,13 +133,19 @@ def helpers(lines: Iterable[str]) -> dict[str, str]:
     """Paths of the programs that bridges need, by transport. Raises MissingError."""
     found = {}
     for name in bridges.transports(lines):
-        programs, _ = bridges.HELPERS[name]
+        programs = bridges.HELPERS[name].programs
         paths = (shutil.which(program, path=facts.search_path()) for program in programs)
         path = next(filter(None, paths), None)
         if path is None:
             raise bridges.missing(name)
         found[name] = path
     return found
+
+
+def _text(path: str) -> str:
+    with suppress(OSError):
+        return Path(path).read_text(errors="replace")
+    return ""
 
 
 def _interface(wanted: str) -> str:

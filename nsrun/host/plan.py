@@ -31,6 +31,8 @@ def policy(made: Session) -> HostPolicy:
     spec, facts = made.spec, made.facts
     return HostPolicy(
         tor_uid=facts.tor_uid,
+        tor_resolvers=tuple(one.partition("%")[0] for one in facts.tor_resolvers),
+        tor_udp=facts.tor_udp,
         trans_port=spec.trans_port,
         dns_port=spec.dns_port,
         automap4=facts.automap4,
@@ -66,8 +68,15 @@ def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ..
             for path in facts.made
         ),
         MakeDirectory(session.TOR_STATE, 0o700, *owner),
-        WriteFile(session.TORRC, torrc.render_host(tor_config(made, helpers)), 0o600, *owner),
-        StartUnit(f"{session.UNITS}/{session.TOR_UNIT}", units.tor_unit(facts.tor, *owner)),
+        WriteFile(session.TORRC, tor_text(made, helpers), 0o600, *owner),
+        *(
+            WriteFile(path, text, 0o644, 0, 0)
+            for path, text in units.tor_resolver(facts.tor_resolvers).items()
+        ),
+        StartUnit(
+            f"{session.UNITS}/{session.TOR_UNIT}",
+            units.tor_unit(facts.tor, *owner, resolver=bool(facts.tor_resolvers)),
+        ),
         TorifyHost(full_rules(made), closed, (spec.trans_port, spec.dns_port), facts.tor_uid),
         *(
             (LeadResolved(session.RESOLVED, units.resolved(spec.dns_port)),)
@@ -87,6 +96,11 @@ def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ..
             else ()
         ),
     )
+
+
+def tor_text(made: Session, helpers: Mapping[str, str]) -> str:
+    """The torrc of the session."""
+    return torrc.render_host(tor_config(made, helpers))
 
 
 def tor_config(made: Session, helpers: Mapping[str, str]) -> torrc.HostTor:

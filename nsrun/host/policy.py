@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Network, ip_network
+from ipaddress import IPv4Network, ip_address, ip_network
 from typing import Literal
 
 from nsrun.address import AUTOMAP6
@@ -57,6 +57,9 @@ class HostPolicy:
     ``all`` left alone.
 
     ``tor_uid``         Tor leaves, by TCP
+    ``tor_resolvers``   addresses that its helpers may ask for names, which Tor cannot answer before
+                        they have connected it
+    ``tor_udp``         its helpers leave by UDP as well, to public addresses
     ``automap4``        where Tor maps .onion to, see choose_automap(); ``automap6`` as well
     ``users``           with ``own`` users: theirs
     ``lan``             LAN4 and LAN6 are reached directly, but for their resolvers
@@ -73,6 +76,8 @@ class HostPolicy:
     """
 
     tor_uid: int
+    tor_resolvers: tuple[str, ...] = ()
+    tor_udp: bool = False
     trans_port: int = TRANS_PORT
     dns_port: int = DNS_PORT
     automap4: str = AUTOMAPS[0]
@@ -111,6 +116,8 @@ class HostPolicy:
                 raise UsageError(doing, f"{name!r} is no name of an interface")
             if name == "lo" or (name.endswith("*") and "lo".startswith(name[:-1])):
                 raise UsageError(doing, f"{name!r} is loopback, too, where nobody else is")
+        for resolver in self.tor_resolvers:
+            ip_address(resolver)  # it becomes a word of a rule
         if self.bypass_cgroup and not _CGROUP.fullmatch(self.bypass_cgroup):
             raise UsageError(doing, f"{self.bypass_cgroup!r} is no name of a control group")
 

@@ -161,17 +161,43 @@ def _refusals(policy: HostPolicy) -> Iterator[Rule]:
     yield _LOOPBACK
     yield from _ipv6_refused(policy)
     yield from _redirected()
-    yield Rule("P1 Tor itself leaves", "accept", users=(policy.tor_uid,), protocol="tcp")
+    yield from _tor_leaves(policy)
     yield from _exempt(policy)
     yield from _answers(policy.services)
     if policy.gateway_for:
         yield from _to_the_lan(policy)
     yield from _other_resolvers()
     yield from _stray_onion(policy)
+    if policy.tor_udp:
+        yield from _tor_udp(policy)
     if policy.lan:
         yield from _lan()
     yield from _neighbours()
     yield from _refuse_all()
+
+
+def _tor_leaves(policy: HostPolicy) -> Iterator[Rule]:
+    """Its helpers are of the same user; those that know a bridge by a name ask for it."""
+    yield Rule("P1 Tor itself leaves", "accept", users=(policy.tor_uid,), protocol="tcp")
+    for version, sign in (("ipv4", "."), ("ipv6", ":")):
+        if to := tuple(one for one in policy.tor_resolvers if sign in one):
+            yield Rule(
+                f"P2 names of bridges, {version}",
+                "accept",
+                users=(policy.tor_uid,),
+                to=to,
+                protocol="udp",
+                dport=_DNS,
+            )
+
+
+def _tor_udp(policy: HostPolicy) -> Iterator[Rule]:
+    """Whom it goes to, others say: no address of the LAN is among those it should be."""
+    who = (policy.tor_uid,)
+    for version, private in (("ipv4", PRIVATE4), ("ipv6", PRIVATE6)):
+        why = f"P3 bridges by UDP have public addresses, {version}"
+        yield Rule(why, "refuse", users=who, to=private, protocol="udp")
+    yield Rule("P1 bridges by UDP", "accept", users=who, protocol="udp")
 
 
 def _users_refusals(policy: HostPolicy) -> Iterator[Rule]:
@@ -207,7 +233,7 @@ def _onion_refusals(policy: HostPolicy) -> Iterator[Rule]:
     yield _LOOPBACK
     yield from _ipv6_refused(policy)
     yield from _redirected()
-    yield Rule("P1 Tor itself leaves", "accept", users=(policy.tor_uid,), protocol="tcp")
+    yield from _tor_leaves(policy)
     yield from _exempt(policy)
     yield from _other_resolvers()
     yield from _stray_onion(policy)

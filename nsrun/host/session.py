@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from nsrun.errors import UsageError
+from nsrun.host import bridges
 from nsrun.spec import check_seconds
 
 RUNTIME = "/run/ttp"
 RECORD = f"{RUNTIME}/ttp.lock"
 LOG = f"{RUNTIME}/ttp.log"
 RESOLV_CONF = f"{RUNTIME}/resolv.conf"
+TOR_RESOLV_CONF, TOR_NSSWITCH = f"{RUNTIME}/tor-resolv.conf", f"{RUNTIME}/tor-nsswitch.conf"
 TOR_RUNTIME = "/run/tor/ttp"
 TORRC = f"{TOR_RUNTIME}/torrc"
 CONTROL = f"{TOR_RUNTIME}/control.sock"
@@ -72,6 +74,8 @@ class HostSpec:
                 raise UsageError(f"use {port} as {option}", "it is not from 1024 to 65535")
         if self.trans_port == self.dns_port:
             raise UsageError(f"use {self.dns_port} twice", "--transport-port is --dns-port")
+        if not self.ipv6 and any(":" in address for address in bridges.direct(self.bridges)):
+            raise UsageError("use these bridges", "one has an address of IPv6", "without --no-ipv6")
         # linux/netdevice.h, dev_valid_name(): it becomes part of what is printed and kept
         if self.interface and not re.fullmatch(r"[^\s/:]{1,15}", self.interface):
             raise UsageError(f"use the interface {self.interface!r}", "that is no name of one")
@@ -84,6 +88,7 @@ class HostFacts:
     ``python`` has ttp. ``resolv_confs`` are real paths that /etc/resolv.conf
     led to. ``made`` are the directories that are not there yet, and so are ours to remove;
     ``services`` are TCP ports that others may connect to. ``cgroups`` are those of version 2 alone.
+    ``tor_resolvers`` are asked by Tor's helpers, ``tor_udp`` says that these send by UDP.
     """
 
     tor: str
@@ -101,6 +106,8 @@ class HostFacts:
     bypass_gids: tuple[int, ...] = ()
     made: tuple[str, ...] = ()
     cgroups: bool = False
+    tor_resolvers: tuple[str, ...] = ()
+    tor_udp: bool = False
 
 
 @dataclass(frozen=True)

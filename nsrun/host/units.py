@@ -5,14 +5,23 @@ All of it is below /run, and gone at reboot. Sources: systemd.exec(5), resolved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nsrun.host import session
 
 
-def tor_unit(tor: str, uid: int, gid: int) -> str:
+def tor_unit(tor: str, uid: int, gid: int, *, resolver: bool = False) -> str:
     """Tor of the session: it says itself when it listens (sd_notify(3)), and owns two directories.
 
     It starts again when it dies; until then every connection is refused, as the rules stand.
+    With ``resolver`` its helpers find the files of ``tor_resolver`` in the place of the host's.
     """
+    mounts = (
+        f"BindReadOnlyPaths={session.TOR_RESOLV_CONF}:/etc/resolv.conf"
+        f" {session.TOR_NSSWITCH}:/etc/nsswitch.conf\n"
+        if resolver
+        else ""
+    )
     return f"""\
 [Unit]
 Description=Tor of the whole host, by ttp
@@ -37,6 +46,7 @@ CapabilityBoundingSet=
 NoNewPrivileges=yes
 ProtectSystem=strict
 ReadWritePaths={session.TOR_STATE} {session.TOR_RUNTIME}
+{mounts}\
 ProtectHome=yes
 PrivateTmp=yes
 PrivateDevices=yes
@@ -55,6 +65,20 @@ MemoryDenyWriteExecute=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 """
+
+
+def tor_resolver(resolvers: Sequence[str]) -> dict[str, str]:
+    """Files, by path, by which helpers ask the host's own resolvers, and nobody on their behalf.
+
+    Whom others ask (nss-resolve) is Tor. No more than three are used (resolv.conf(5)).
+    """
+    if not resolvers:
+        return {}
+    servers = "".join(f"nameserver {one}\n" for one in resolvers[:3])
+    return {
+        session.TOR_RESOLV_CONF: f"{servers}search .\n",
+        session.TOR_NSSWITCH: "passwd: files\ngroup: files\nhosts: files dns\n",
+    }
 
 
 def bypass() -> str:

@@ -13,47 +13,33 @@ import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO
 
 import pytest
 
-from host_machine import CURL, SHOUT, START, all_the_time, as_seen, is_closed, state_of, to, watched
+from host_machine import (
+    CURL,
+    OWN,
+    SHOUT,
+    START,
+    ListenerReports,
+    all_the_time,
+    as_seen,
+    is_closed,
+    state_of,
+    to,
+    watched,
+)
 from machine import Machine
 from nsrun.host import session
 from nsrun.lab import topology
-from nsrun.leak.frames import Frame, Icmp, Ip, Tcp, Udp
+from nsrun.leak.frames import Tcp, Udp
 from nsrun.leak.pcap import Capture
-from nsrun.leak.verdict import Rule, TcpToRelays, Value, as_text, judge
+from nsrun.leak.verdict import Value, as_text, judge
 from town import eventually
 
-OWN = (topology.HOST, topology.HOST6)
 PYTHON = "/usr/local/lib/ttp/bin/python"
 CUT = "Software caused connection abort\n"  # ECONNABORTED: what a destroyed socket says
-
-
-class FromRelays:
-    """What relays send on, for minutes, to a Tor that has gone; nobody answers it."""
-
-    name = "from relays, unanswered"
-
-    def covers(self, frame: Frame) -> bool:
-        match frame.body:
-            case Ip(source=source, target=target, body=Tcp(source_port=topology.OR_PORT)):
-                return source not in OWN and target in OWN
-        return False
-
-
-class ListenerReports:
-    """What a link that comes up sends to routers: to which groups it listens (RFC 9777)."""
-
-    name = "reports of listeners"
-
-    def covers(self, frame: Frame) -> bool:
-        match frame.body:
-            case Ip(target="ff02::16", body=Icmp(kind=143)):
-                return True
-        return False
 
 
 def contained(machine: Machine, capture: Capture, *, expect_some: bool = True) -> None:
@@ -653,81 +639,3 @@ def test_rules_of_others_stay_as_they_are(host: Machine) -> None:
     assert host.run("nft", "--stateless", "list", "ruleset", check=True).stdout == before
     for table in ("inet firewalld", "ip nat", "inet wg-quick-wg0"):
         host.run("nft", "delete", "table", *table.split(), check=True)
-
-
-# ---- where Tor is blocked ----------------------------------------------------------------------
-
-BRIDGE = "11.60.0.1"
-CENSOR = f"""
-table inet censor {{
-    chain forward {{
-        type filter hook forward priority -10; policy accept;
-        ip daddr != {BRIDGE} tcp dport {{ {topology.OR_PORT}, {topology.DIR_PORT} }} drop
-        meta nfproto ipv6 tcp dport {{ {topology.OR_PORT}, {topology.DIR_PORT} }} drop
-    }}
-}}
-"""
-
-
-@contextmanager
-def bridge(machine: Machine, directory: Path) -> Iterator[str]:
-    """A bridge in the lab's internet, and its line; it is in no consensus."""
-    torrc = f"""
-        TestingTorNetwork 1
-        DataDirectory {directory}
-        Nickname hidden
-        ContactInfo none
-        BridgeRelay 1
-        BridgeDistribution none
-        PublishServerDescriptor 0
-        ExitRelay 0
-        AssumeReachable 1
-        SocksPort 0
-        Address {BRIDGE}
-        ORPort {BRIDGE}:{topology.OR_PORT} IPv4Only
-        OutboundBindAddress {BRIDGE}
-        Log notice file {directory}/log
-    """
-    (directory / "torrc").write_text(torrc + str(machine.lab.status()["client_torrc"]))
-    add = ("ip", "address", "add", BRIDGE, "dev", "lo")
-    assert machine.lab.do(*machine.lab.inside_argv("inet", *add)).returncode == 0
-    tor = ("tor", "--defaults-torrc", "/dev/null", "--hush", "-f", f"{directory}/torrc")
-    with subprocess.Popen(machine.lab.inside("inet", *tor)) as process:
-        try:
-            log = directory / "log"
-            done = "Bootstrapped 100%"
-            eventually(lambda: log.exists() and done in log.read_text(), "the bridge", 30)
-            fingerprint = (directory / "fingerprint").read_text().split()[1]
-            yield f"{BRIDGE}:{topology.OR_PORT} {fingerprint}"
-        finally:
-            process.kill()
-            machine.lab.do(
-                *machine.lab.inside_argv("inet", "ip", "address", "del", BRIDGE, "dev", "lo")
-            )
-
-
-@pytest.mark.promise("P1")
-def test_a_bridge_where_every_relay_is_blocked(host: Machine, tmp_path: Path) -> None:
-    """By its line alone, of a file or given: Tor speaks to the bridge, and to no relay."""
-    censor = ("sh", "-c", f"nft -f - <<'E'{CENSOR}E")
-    assert host.lab.do(*host.lab.inside_argv("router", *censor)).returncode == 0
-    try:
-        blocked = host.run(*START, "--bootstrap-timeout", "4")
-        assert blocked.returncode == 1  # the control
-        with bridge(host, tmp_path) as line:
-            host.run("sh", "-c", "cat >/root/bridges", text=f"# mine\nBridge {line}\n", check=True)
-            with watched(host) as seen:
-                up = host.run(*START, "--use-bridges", "--bridge-file", "/root/bridges")
-                assert up.returncode == 0, up.stderr
-                assert as_seen(host, "-4")["IsTor"] is True
-                assert BRIDGE not in host.run("ttp", "diagnose").stdout
-                host.run("ttp", "stop", check=True)
-            host.run("rm", "/root/bridges")
-    finally:
-        host.lab.do(*host.lab.inside_argv("router", "nft", "delete", "table", "inet", "censor"))
-    reached = frozenset({(BRIDGE, topology.OR_PORT)})
-    known = host.lab.neighbours(*OWN, topology.RESOLVER, topology.LAN_WEB)
-    to_the_bridge = TcpToRelays(frozenset(OWN), reached)
-    rules: list[Rule] = [to_the_bridge, FromRelays(), known, ListenerReports()]
-    verdict = judge("p-host", seen[0], rules, expect_some=True)
-    assert verdict.value is Value.CONTAINED, as_text([verdict])

@@ -273,6 +273,41 @@ def test_tor_itself_leaves_by_tcp_only(town: HostTown) -> None:
     town.contained(partial(udp, town.tor))
 
 
+@pytest.mark.promise("P2")
+@pytest.mark.parametrize("own", ["all", "onion"])
+def test_helpers_of_tor_ask_for_names_of_bridges(town: HostTown, own: str) -> None:
+    """Those resolvers that are named, which know them before Tor has a connection; nobody else
+    does, and they nobody else."""
+    mode = replace(ALL, own="onion" if own == "onion" else "all")
+    town.load(replace(mode, tor_resolvers=(LAN4, LAN6)))
+    for resolver in (LAN4, LAN6):
+        town.passes(partial(udp, town.tor, resolver, 53))
+    others = [partial(udp, town.tor, resolver, 53) for resolver in ("9.9.9.9", DOH6)]
+    for act in others:
+        refused(act)
+    with town.world_hears() as frames:
+        for resolver in (LAN4, LAN6):
+            assert b"example" in town.alice.ask(resolver, "example.test")
+    assert not frames
+    town.contained(*others, *(partial(udp, town.alice, one, 53) for one in (LAN4, LAN6)))
+
+
+@pytest.mark.promise("P3")
+@pytest.mark.parametrize("lan", [True, False], ids=["lan", "no-lan"])
+def test_helpers_of_tor_leave_by_udp_if_bridges_are_reached_so(town: HostTown, lan: bool) -> None:
+    """To public addresses, as others name them; neither to the LAN, nor to resolvers."""
+    town.load(replace(ALL, tor_udp=True, lan=lan))
+    for site in (SITE4, SITE6):
+        town.passes(partial(udp, town.tor, site))
+    private = (LAN4, LAN6, "100.64.1.1", "224.0.0.251")
+    acts = [partial(udp, town.tor, to) for to in private]
+    acts += [partial(udp, town.tor, to, 53) for to in ("9.9.9.9", DOH6)]
+    acts += [partial(udp, who, to) for who in (town.alice, town.root) for to in (SITE4, SITE6)]
+    for act in acts:
+        refused(act)
+    town.contained(*acts, partial(ping, town.root))
+
+
 def test_the_machine_keeps_its_address(town: HostTown) -> None:
     """A lease is renewed on a network that is no LAN of ours, too."""
     town.load(replace(ALL, lan=False))

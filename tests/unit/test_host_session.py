@@ -70,8 +70,14 @@ def test_options_are_checked(wrong: dict[str, Any]) -> None:
     ],
 )
 def test_a_bridge_line_is_taken_as_people_paste_it(line: str, checked: str) -> None:
-    """With or without the word Bridge; what is kept has single spaces."""
-    assert bridges.check([line]) == (checked,)
+    """With or without the word Bridge; what is kept has single spaces. Once is enough."""
+    assert bridges.check([line, line]) == (checked,)
+
+
+def test_a_bridge_file_may_have_comments_and_blanks() -> None:
+    """And ends of lines as Windows has them."""
+    text = f"# mine\r\n\r\n  Bridge {OBFS4}  # at home\r\n192.0.2.1:443"
+    assert bridges.lines_of(text) == [f"Bridge {OBFS4}", "192.0.2.1:443"]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +98,14 @@ def test_a_bridge_line_is_taken_as_people_paste_it(line: str, checked: str) -> N
         "192.0.2.1:443 ABC",
         f"192.0.2.1:443 {PRINT} cert=abc",
         f"obfs4 192.0.2.1:443 {PRINT} cert",
+        f"obfs4 192.0.2.1:443 {PRINT} cert=abc",
+        f"meek_lite 192.0.2.1:443 {PRINT} front=x.test",
+        "webtunnel 192.0.2.1:443",
+        "snowflake 192.0.2.1:443 ice=stun:x.test:3478",
+        "192.0.2.1:443 cert=abc",
+        "192.0.2.1:443\\",  # the next line of the torrc would be part of it
+        f"obfs4 192.0.2.1:443 {PRINT} cert=a#b iat-mode=0",
+        "192.0.2.1:443\N{NO-BREAK SPACE}",
     ],
 )
 def test_a_wrong_bridge_line_is_refused(line: str) -> None:
@@ -112,6 +126,72 @@ def test_bridges_name_their_helpers() -> None:
     ]
     assert "obfs4proxy" in str(bridges.missing("obfs4").hint)
     assert isinstance(bridges.missing("snowflake"), MissingError)
+
+
+@pytest.mark.parametrize(
+    ("line", "hosts", "needs"),
+    [
+        (OBFS4, [], False),
+        (
+            "meek_lite 192.0.2.1:1 url=https://a.test/x front=b.test:8443",
+            ["a.test", "b.test"],
+            True,
+        ),
+        ("meek_lite 192.0.2.1:1 url=https://192.0.2.2/", ["192.0.2.2"], False),
+        ("webtunnel [2001:db8::1]:1 url=https://[2001:db8::2]:443/x", ["2001:db8::2"], False),
+        ("webtunnel 192.0.2.1:1 url=https://a.test", ["a.test"], True),
+        (
+            "snowflake 192.0.2.1:1 url=https://a.test/ fronts=b.test,c.test ice=stun:d.test:1,"
+            "turn:e",
+            ["a.test", "b.test", "c.test", "d.test", "e"],
+            True,
+        ),
+    ],
+)
+def test_names_are_looked_up_only_where_a_line_has_one(
+    line: str, hosts: list[str], needs: bool
+) -> None:
+    """And UDP is for snowflake alone."""
+    assert bridges.hosts(line) == hosts
+    assert bridges.need_names([line]) is needs
+    assert bridges.need_udp([line]) is line.startswith("snowflake")
+
+
+def test_a_bridge_of_ipv6_is_no_use_without_it() -> None:
+    """But an address that is not connected to may be anything."""
+    HostSpec(ipv6=False, bridges=("webtunnel [2001:db8::1]:1 url=https://a.test",))
+    HostSpec(bridges=(f"obfs4 [2001:db8::1]:1 {PRINT} cert=a iat-mode=0",))
+    for line in ("[2001:db8::1]:1", f"obfs4 [2001:db8::1]:1 {PRINT} cert=a iat-mode=0"):
+        with pytest.raises(UsageError, match="IPv6"):
+            HostSpec(ipv6=False, bridges=("192.0.2.1:1", line))
+
+
+@pytest.mark.promise("P2", "P3")
+def test_helpers_are_let_out_only_as_far_as_bridges_need_it() -> None:
+    """And while all else is closed, as there is no Tor without them."""
+    plain = SESSION
+    named = replace(SESSION, facts=replace(FACTS, tor_resolvers=("192.0.2.53", "fe80::1%eth0")))
+    udp = replace(SESSION, facts=replace(FACTS, tor_udp=True))
+    for made, names, any_udp in ((plain, False, False), (named, True, False), (udp, False, True)):
+        tables = [one.text for one in start_steps(made, {}) if isinstance(one, CloseHost)]
+        tables += [one.text for one in start_steps(made, {}) if isinstance(one, TorifyHost)]
+        for text in tables:
+            assert ("udp dport 53 accept" in text) is names
+            assert ("P1 bridges by UDP" in text) is any_udp
+        texts = [one.text for one in start_steps(made, {}) if isinstance(one, StartUnit)]
+        assert any("BindReadOnlyPaths" in text for text in texts) is names
+
+
+def test_nothing_of_a_bridge_is_told() -> None:
+    """Neither what its line says, nor what Tor calls it."""
+    said = (
+        f"new bridge descriptor 'hidden' (fresh): ${PRINT}~hidden [Ab+/1] at 192.0.2.1\n"
+        f"Proxy Client: unable to connect OR connection with 192.0.2.1:443 ID={PRINT}: x.test\n"
+    )
+    line = f"obfs4 192.0.2.1:443 {PRINT.lower()} cert=abc iat-mode=0 url=https://x.test/"
+    told = bridges.without_secrets(said, f"UseBridges 1\nBridge {line}\n")
+    for secret in ("hidden", PRINT, "192.0.2.1", "Ab+", "x.test"):
+        assert secret not in told
 
 
 def test_a_record_comes_back_and_keeps_no_secret() -> None:
