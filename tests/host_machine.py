@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from lab_helpers import ORACLE
 from machine import Machine
@@ -15,6 +16,8 @@ from nsrun.leak.pcap import Capture
 
 OWN = (topology.HOST, topology.HOST6)
 START = ("ttp", "start", "--torrc", "/etc/ttp/lab.torrc")
+PYTHON = "/usr/local/lib/ttp/bin/python"
+CUT = "Software caused connection abort\n"  # ECONNABORTED: what a destroyed socket says
 CURL = ("curl", "-sS", "--max-time", "20")
 # By UDP, which is for nobody, all the time.
 SHOUT = """
@@ -29,6 +32,39 @@ while time.monotonic() < end:
         except OSError:
             pass
     time.sleep(0.0005)
+"""
+
+# Connect, say so, and write when told to; several times, as the first words may come too early.
+IDLE = """
+import socket, sys, time
+it = socket.create_connection((sys.argv[1], 80), 20)
+print("open", flush=True)
+sys.stdin.readline()
+try:
+    for _ in range(3):
+        it.sendall(b"late words")
+        time.sleep(0.3)
+    print("sent", flush=True)
+except OSError as error:
+    print(error.strerror, flush=True)
+"""
+MORTAL = """
+import os, sys
+from nsrun.cli import main
+from nsrun.host.machine import HostMachine
+
+left = int(sys.argv.pop(1))
+do = HostMachine.do
+
+def counted(self, step):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), 9)
+    left -= 1
+    do(self, step)
+
+HostMachine.do = counted
+main()
 """
 
 
@@ -94,12 +130,42 @@ def as_seen(machine: Machine, *options: str, user: str = "alice") -> dict[str, A
     return dict(json.loads(done.stdout)) if done.returncode == 0 else {"error": done.stderr}
 
 
-def is_closed(machine: Machine) -> bool:
+def is_closed(machine: Machine, user: str = "alice") -> bool:
     """Whether the web cannot be reached in clear, by who has its address already."""
     page = f"http://{topology.WEB}/api/ip"
-    done = machine.run(*CURL, "--max-time", "5", page, user="alice")
+    done = machine.run(*CURL, "--max-time", "5", page, user=user)
     return '"IsTor":false' not in done.stdout
 
 
 def state_of(machine: Machine) -> str:
     return str(json.loads(machine.run("ttp", "status", "--json").stdout)["state"])
+
+
+@contextmanager
+def idle(
+    machine: Machine, target: str, user: str = "alice"
+) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+    """A connection to the web, that says nothing until a line is written to it."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with machine.start("python3", "-c", IDLE, target, user=user, **pipes) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "open\n"
+            yield process, process.stdout
+        finally:
+            process.kill()
+
+
+def speak(process: subprocess.Popen[str], heard: IO[str]) -> str:
+    """What became of its words."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return heard.readline()
+
+
+def is_killed(machine: Machine, steps: int, *words: str) -> bool:
+    """Whether ``ttp`` with these words was killed before its step of that number, from 0."""
+    done = machine.run(PYTHON, "-c", MORTAL, str(steps), *words)
+    assert done.returncode in (0, -9, 137), done.stderr
+    return done.returncode != 0

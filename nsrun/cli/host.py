@@ -60,6 +60,15 @@ BypassGroup = Annotated[
         show_default=False,
     ),
 ]
+OnlyUser = Annotated[
+    str,
+    typer.Option(
+        "--only-user",
+        metavar="USER,…",
+        help="Catch what these users send, and leave all others alone.",
+        show_default=False,
+    ),
+]
 TransportPort = Annotated[
     int, typer.Option("--transport-port", "-t", help="Where Tor takes connections.")
 ]
@@ -128,6 +137,7 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
         no_ipv6: NoIpv6 = False,
         bypass_user: BypassUser = "",
         bypass_group: BypassGroup = "",
+        only_user: OnlyUser = "",
         transport_port: TransportPort = session.TRANS_PORT,
         dns_port: DnsPort = session.DNS_PORT,
         use_bridges: UseBridges = False,
@@ -147,6 +157,7 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
             ipv6=not no_ipv6,
             bypass_users=_names(bypass_user),
             bypass_groups=_names(bypass_group),
+            only_users=_names(only_user),
             trans_port=transport_port,
             dns_port=dns_port,
             bridges=bridges.check(lines),
@@ -188,6 +199,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         if found:
             told |= {"since": found.since, "exit": found.exit, "interface": found.facts.interface}
             told |= {
+                "caught": _caught(found.spec),
                 "tor_resolvers": list(found.facts.tor_resolvers),
                 "tor_udp": found.facts.tor_udp,
             }
@@ -202,6 +214,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             "since": when,
             "pid": str(found.pid),
             "interface": found.facts.interface or "-",
+            "caught": _caught(found.spec),
             "bypass": _exempt(found.spec),
         }
         if opened := _opened(found.facts):
@@ -308,6 +321,10 @@ def ears(verbose: bool) -> Ears:
     from nsrun.host.control import Ears, nobody
 
     return Ears(client.echo, client.echo if verbose else nobody)
+
+
+def _caught(spec: HostSpec) -> str:
+    return " ".join(spec.only_users) or "all"
 
 
 def _exempt(spec: HostSpec) -> str:

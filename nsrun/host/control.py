@@ -22,7 +22,7 @@ from nsrun.host import facts, log, machine, oracle, session, tor
 from nsrun.host.plan import policy, start_steps, tor_text
 from nsrun.host.rules import render_closed
 from nsrun.host.session import HostSpec, Session
-from nsrun.host.steps import CloseHost, CutHost, HostStep, OpenHost, TorifyHost
+from nsrun.host.steps import CloseHost, CutHost, FreeUsers, HostStep, OpenHost, TorifyHost
 
 PATIENCE = 5.0  # seconds for the watchdog to end a look, and what it mends
 POLL = 0.05  # seconds; nothing tells when a lock is free, but by waiting without end
@@ -111,7 +111,8 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
         helpers = facts.helpers(spec.bridges)
         found = facts.probe(spec)
         facts.check_resolvers(spec, found)
-        made = Session(spec, found, os.getpid(), time.time())
+        barred = {*found.only_uids, *(before.barred if before else ())}
+        made = Session(spec, found, os.getpid(), time.time(), barred=tuple(sorted(barred)))
         log.write(logging.INFO, "a session begins", spec.log_format)
         write_record(made)
         host = machine.HostMachine(told.effects)
@@ -133,7 +134,7 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
             closed = before is not None and before.state == "closed"
             _take_back(made, told, stay_closed=closed)
             if before is not None and closed:
-                _close(before, told)  # as it was
+                _close(before.at("closed", barred=made.barred), told)  # as it was
         raise
     return _verified(made, told, fresh=True)
 
@@ -267,7 +268,8 @@ def steps_of(found: Session) -> tuple[HostStep, ...]:
 def _take_back(found: Session, told: Ears, *, stay_closed: bool = False) -> None:
     """Every step's undo, from the last; the first that fails ends it, and the host stays closed.
 
-    With ``stay_closed`` the last is left out, and the record stays, for another start.
+    With ``stay_closed`` what keeps it closed is left as it is, and the record stays, for another
+    start.
     """
     write_record(found.at("stopping"))
     host = machine.HostMachine(told.effects)
@@ -275,10 +277,12 @@ def _take_back(found: Session, told: Ears, *, stay_closed: bool = False) -> None
         inverse = step.undo()
         if isinstance(inverse, CutHost) and not found.redirected:
             continue  # of connections that were there before, none went through Tor
-        if isinstance(inverse, OpenHost) and stay_closed:
-            return
+        if isinstance(inverse, OpenHost | FreeUsers) and stay_closed:
+            continue
         if inverse is not None:
             host.do(inverse)
+    if stay_closed:
+        return
     Path(session.RECORD).unlink(missing_ok=True)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nsrun import facts, netlink
 from nsrun.errors import MissingError, UsageError
-from nsrun.host import bridges, flows, machine, people, session
+from nsrun.host import bridges, doors, flows, machine, people, session
 from nsrun.host.policy import choose_automap
 from nsrun.host.session import HostFacts, HostSpec
 
@@ -47,6 +47,7 @@ def probe(spec: HostSpec) -> HostFacts:
         services=_services(),
         bypass_uids=people.exempt_users(DOING, spec.bypass_users),
         bypass_gids=people.exempt_groups(DOING, spec.bypass_groups),
+        only_uids=_only(spec, found.tor_uid),
         cgroups=Path("/sys/fs/cgroup/cgroup.controllers").exists(),
         made=_absent("/run/tor", session.TOR_RUNTIME),
         tor_resolvers=resolvers() if bridges.need_names(spec.bridges) else (),
@@ -109,6 +110,24 @@ def check_torrc(found: HostFacts, text: str) -> None:
 def resolv_conf() -> str:
     """The real path of /etc/resolv.conf, behind every symlink."""
     return os.path.realpath("/etc/resolv.conf")
+
+
+def _only(spec: HostSpec, tor_uid: int) -> tuple[int, ...]:
+    """Numbers of those who alone are caught. Raises UsageError where names would pass by."""
+    if not spec.only_users:
+        return ()
+    found = tuple(dict.fromkeys(people.users(DOING, spec.only_users)))
+    if 0 in found:
+        raise UsageError(
+            DOING, "root's processes serve others", "without --only-user all is caught"
+        )
+    if tor_uid in found:
+        raise UsageError(DOING, f"Tor itself runs as uid {tor_uid}", "name another user")
+    nsswitch = Path(doors.NSSWITCH)
+    if others := doors.strangers(nsswitch.read_text() if nsswitch.exists() else ""):
+        cause = f"{doors.NSSWITCH} has names of hosts looked up by {', '.join(others)}, in clear"
+        raise UsageError(DOING, cause, "hosts: files dns")
+    return found
 
 
 def check_ports(spec: HostSpec) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from nsrun import netlink
 from nsrun.errors import NsrunError
+from nsrun.host.policy import HostPolicy
 
 NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 4, 20, 21
 LISTEN, ENDED = 10, {6, 7}  # TIME_WAIT, CLOSE: nothing of these is sent unasked (tcp_states.h)
@@ -51,27 +52,33 @@ class Flow:
 
 @dataclass(frozen=True)
 class Tcp:
-    """A socket of TCP; ``key`` names it to the kernel, with its cookie."""
+    """A socket of TCP; ``key`` names it to the kernel, with its cookie.
+
+    ``inode`` is 0 once no process has it open.
+    """
 
     ends: Ends
     state: int
     uid: int
+    inode: int
     key: bytes
 
 
-def cut(ports: tuple[int, int], tor_uid: int) -> None:
-    """End what was redirected to ``ports``. Nothing new may be redirected any more.
+def cut(policy: HostPolicy) -> None:
+    """End what was redirected to Tor. Nothing new may be redirected any more.
 
     A socket that conntrack has forgotten may have been: it goes too, unless it is on loopback,
-    Tor's own or somebody's who connected to us. Raises NsrunError; nothing may be opened then.
+    Tor's own, of nobody who was caught, or of somebody who connected to us. Raises NsrunError;
+    nothing may be opened then.
     """
+    ports = (policy.trans_port, policy.dns_port)
     try:
         with (
             netlink.connect(NETLINK_SOCK_DIAG) as diag,
             netlink.connect(netlink.NETLINK_NETFILTER) as conntrack,
         ):
             known = flows(conntrack)
-            for one in doomed(known, sockets(diag), ports, tor_uid):
+            for one in doomed(known, sockets(diag), policy):
                 _end(diag, SOCK_DESTROY, one.key)
             for flow in known:
                 if flow.leads_to(ports):
@@ -81,19 +88,24 @@ def cut(ports: tuple[int, int], tor_uid: int) -> None:
         raise NsrunError("end what was redirected to Tor", error.strerror, hint) from error
 
 
-def doomed(
-    known: Collection[Flow], found: Collection[Tcp], ports: Collection[int], tor_uid: int
-) -> Iterator[Tcp]:
+def doomed(known: Collection[Flow], found: Collection[Tcp], policy: HostPolicy) -> Iterator[Tcp]:
     """Those of the sockets ``found`` that were redirected, or may have been."""
+    ports = (policy.trans_port, policy.dns_port)
     redirected = {flow.sent for flow in known if flow.leads_to(ports)}
     clear = {ends for flow in known for ends in (flow.sent, flow.answered)} - redirected
     served = {one.ends[1] for one in found if one.state == LISTEN}
     for one in found:
         _, port, target, _ = one.ends
-        if one.state in (LISTEN, *ENDED) or one.uid == tor_uid or target.is_loopback:
+        if one.state in (LISTEN, *ENDED) or one.uid == policy.tor_uid or target.is_loopback:
             continue
-        if one.ends in redirected or (one.ends not in clear and port not in served):
+        forgotten = one.ends not in clear and port not in served
+        if one.ends in redirected or (forgotten and _is_caught(one, policy)):
             yield one
+
+
+def _is_caught(one: Tcp, policy: HostPolicy) -> bool:
+    """Whether the rules would have redirected it. What is closed, but not yet sent, has no user."""
+    return policy.own == "all" or one.uid in policy.users or not one.inode
 
 
 def sockets(diag: socket.socket) -> list[Tcp]:
@@ -146,9 +158,9 @@ def _tcp(body: bytes) -> Tcp:
         *(_address(family, identity[4:20]), source_port),
         *(_address(family, identity[20:36]), target_port),
     )
-    (uid,) = struct.unpack_from("=I", body, 64)
+    uid, inode = struct.unpack_from("=II", body, 64)
     key = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF) + identity
-    return Tcp(ends, state, uid, key)
+    return Tcp(ends, state, uid, inode, key)
 
 
 def _address(family: int, packed: bytes) -> Address:

@@ -14,12 +14,15 @@ from nsrun import linux, ruleset
 from nsrun.apply import Machine, first_line
 from nsrun.errors import MissingError, NsrunError, VerifyError
 from nsrun.facts import search_path
-from nsrun.host import flows
+from nsrun.host import doors, flows
 from nsrun.host.steps import (
+    DOORS,
+    BarUsers,
     CloseHost,
     CoverFile,
     CutHost,
     FreeResolved,
+    FreeUsers,
     HostStep,
     LeadResolved,
     OpenHost,
@@ -58,10 +61,10 @@ class HostMachine:
                 self.rules = load(text)
             case OpenHost():
                 load(f"table {TABLE}\ndelete table {TABLE}\n")  # never fails for want of one
-            case CutHost(closed, ports, tor_uid):
+            case CutHost(closed, policy):
                 if listed():  # else nothing was redirected, or not by us
                     load(closed)
-                    flows.cut(ports, tor_uid)
+                    flows.cut(policy)
             case OwnDirectory(path, mode, uid, gid):
                 Path(path).mkdir(exist_ok=True)
                 os.chown(path, uid, gid)
@@ -85,6 +88,10 @@ class HostMachine:
                 restart(RESOLVED_UNIT)
             case FreeResolved(path):
                 _free_resolved(path)
+            case BarUsers(users):
+                doors.bar(DOORS, users)
+            case FreeUsers(users):
+                doors.free(DOORS, users)
             case _:
                 self._common.do(step)
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 from nsrun import torrc
 from nsrun.host import bridges, session, units
 from nsrun.host.policy import HostPolicy
-from nsrun.host.rules import render, render_lockdown
+from nsrun.host.rules import render, render_closed, render_lockdown
 from nsrun.host.session import Session
 from nsrun.host.steps import (
+    BarUsers,
     CloseHost,
     CoverFile,
     HostStep,
@@ -36,6 +37,8 @@ def policy(made: Session) -> HostPolicy:
         trans_port=spec.trans_port,
         dns_port=spec.dns_port,
         automap4=facts.automap4,
+        own=spec.own,
+        users=facts.only_uids,
         lan=spec.lan,
         ipv6=spec.ipv6 and facts.ipv6,
         allow_root=spec.allow_root,
@@ -51,12 +54,18 @@ def full_rules(made: Session) -> str:
     return render(replace(policy(made), bypass_cgroup=exempt))
 
 
+def locked_rules(made: Session) -> str:
+    """The table of a session whose rules somebody has changed: who was caught has no network."""
+    return render_closed() if made.spec.own == "all" else render_lockdown(policy(made))
+
+
 def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ...]:
     """The host from as it was to behind Tor. ``helpers`` are programs for bridges, by transport."""
-    spec, facts = made.spec, made.facts
-    closed, owner = render_lockdown(policy(made)), (facts.tor_uid, facts.tor_gid)
+    spec, facts, rules = made.spec, made.facts, policy(made)
+    closed, owner = render_lockdown(rules), (facts.tor_uid, facts.tor_gid)
     return (
         CloseHost(closed),
+        *((BarUsers(made.barred),) if made.barred else ()),
         *(
             # before the rules that name it
             (StartUnit(f"{session.UNITS}/{session.BYPASS}", units.bypass()),)
@@ -77,14 +86,8 @@ def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ..
             f"{session.UNITS}/{session.TOR_UNIT}",
             units.tor_unit(facts.tor, *owner, resolver=bool(facts.tor_resolvers)),
         ),
-        TorifyHost(full_rules(made), closed, (spec.trans_port, spec.dns_port), facts.tor_uid),
-        *(
-            (LeadResolved(session.RESOLVED, units.resolved(spec.dns_port)),)
-            if facts.resolved
-            else ()
-        ),
-        WriteFile(session.RESOLV_CONF, units.resolv_conf(), 0o644, 0, 0),
-        *(CoverFile(path, session.RESOLV_CONF) for path in facts.resolv_confs),
+        TorifyHost(full_rules(made), closed, rules),
+        *(_resolver(made) if rules.own == "all" else ()),
         *(
             (
                 StartUnit(
@@ -101,6 +104,17 @@ def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ..
 def tor_text(made: Session, helpers: Mapping[str, str]) -> str:
     """The torrc of the session."""
     return torrc.render_host(tor_config(made, helpers))
+
+
+def _resolver(made: Session) -> tuple[HostStep, ...]:
+    """Everybody's names lead to Tor."""
+    spec, facts = made.spec, made.facts
+    resolved = LeadResolved(session.RESOLVED, units.resolved(spec.dns_port))
+    return (
+        *((resolved,) if facts.resolved else ()),
+        WriteFile(session.RESOLV_CONF, units.resolv_conf(), 0o644, 0, 0),
+        *(CoverFile(path, session.RESOLV_CONF) for path in facts.resolv_confs),
+    )
 
 
 def tor_config(made: Session, helpers: Mapping[str, str]) -> torrc.HostTor:

@@ -202,11 +202,18 @@ def _tor_udp(policy: HostPolicy) -> Iterator[Rule]:
 
 def _users_refusals(policy: HostPolicy) -> Iterator[Rule]:
     """Of ``users`` only. A packet without an open socket has no user: it passes if it belongs to a
-    connection that is known, else it could be the rest of a redirected one."""
+    connection that is known, else it could be the rest of a redirected one.
+
+    A resolver on loopback is somebody else's, and would ask in clear.
+    """
     mine = [*_other_resolvers(), *_stray_onion(policy)]
     if policy.lan:
         mine += _lan()
+    for rule in _other_resolvers():
+        if rule.dport:
+            yield replace(rule, why=f"{rule.why}, on loopback", oif=("lo",), users=policy.users)
     yield _LOOPBACK
+    yield from (replace(rule, users=policy.users) for rule in _ipv6_refused(policy))
     yield from _redirected()
     yield from _exempt(policy)
     yield from (replace(rule, users=policy.users) for rule in (*mine, *_refuse_all()))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from nsrun.errors import UsageError
 from nsrun.host import bridges
+from nsrun.host.policy import Own
 from nsrun.spec import check_seconds
 
 RUNTIME = "/run/ttp"
@@ -43,6 +44,7 @@ class HostSpec:
     """The options of ``ttp start``. ``lan`` says that private addresses are reached directly;
     ``interval`` is the watchdog's, in seconds.
 
+    ``only_users`` alone are caught; if there are none, everybody is.
     ``bridges`` and ``torrc``, which may be secret, are no part of the record.
     """
 
@@ -60,8 +62,21 @@ class HostSpec:
     watchdog: bool = False
     interval: float = INTERVAL
     log_format: LogFormat = "text"
+    only_users: tuple[str, ...] = ()
+
+    @property
+    def own(self) -> Own:
+        """Which of this machine's own traffic is caught."""
+        return "users" if self.only_users else "all"
 
     def __post_init__(self) -> None:
+        for option, given in (
+            ("--allow-root", self.allow_root),
+            ("--bypass-user", self.bypass_users),
+        ):
+            if self.only_users and given:
+                cause = f"with --only-user nobody else is caught, whom {option} could exempt"
+                raise UsageError("choose who is caught", cause, f"leave {option} out")
         check_seconds("--bootstrap-timeout", self.bootstrap_timeout)
         if not 1 <= self.interval <= 3600:  # NaN neither
             cause = f"{self.interval:g} is not from 1 to 3600 seconds"
@@ -104,6 +119,7 @@ class HostFacts:
     services: tuple[int, ...] = ()
     bypass_uids: tuple[int, ...] = ()
     bypass_gids: tuple[int, ...] = ()
+    only_uids: tuple[int, ...] = ()
     made: tuple[str, ...] = ()
     cgroups: bool = False
     tor_resolvers: tuple[str, ...] = ()
@@ -116,6 +132,8 @@ class Session:
 
     ``since`` is in seconds of the epoch; ``rules`` is the fingerprint of the table as loaded.
     ``redirected`` says that connections may have been led to Tor, and so are to be ended.
+    ``barred`` are the numbers of users whom name services take no connection of: those of the
+    session that this one is in the place of, too, so that there is no moment between.
     """
 
     spec: HostSpec
@@ -126,6 +144,7 @@ class Session:
     exit: str = ""
     rules: str = ""
     redirected: bool = False
+    barred: tuple[int, ...] = ()
 
     def at(self, state: State, **changes: Any) -> Session:
         return replace(self, state=state, **changes)

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nsrun.host.policy import HostPolicy
 from nsrun.steps import MakeDirectory, RemoveFile, WriteFile
+
+# Where programs find who looks names up for them: systemd-resolved (nss-resolve), avahi (nss-mdns)
+# and nscd.
+DOORS = ("/run/systemd/resolve", "/run/avahi-daemon", "/run/nscd")
 
 
 @dataclass(frozen=True)
@@ -106,30 +111,28 @@ class TorifyHost:
 
     text: str
     closed: str
-    ports: tuple[int, int]
-    tor_uid: int
+    policy: HostPolicy
 
     def describe(self) -> str:
         return f"nft -f - <<'EOF'\n{self.text}EOF"
 
     def undo(self) -> HostStep | None:
-        return CutHost(self.closed, self.ports, self.tor_uid)
+        return CutHost(self.closed, self.policy)
 
 
 @dataclass(frozen=True)
 class CutHost:
     """Closed again; then what was redirected is ended, before it could go on in clear.
 
-    That is every socket whose connection was led to one of ``ports``, long idle and half closed
+    That is every socket whose connection was led to a port of Tor's, long idle and half closed
     ones as well, and these connections in conntrack's table, and nobody else's (P9).
     """
 
     closed: str
-    ports: tuple[int, int]
-    tor_uid: int
+    policy: HostPolicy
 
     def describe(self) -> str:
-        trans, dns = self.ports
+        trans, dns = self.policy.trans_port, self.policy.dns_port
         return (
             f"nft -f - <<'EOF'\n{self.closed}EOF\n"
             f"ss --kill (what was redirected to port {trans})\n"
@@ -200,6 +203,38 @@ class FreeResolved:
         return None
 
 
+@dataclass(frozen=True)
+class BarUsers:
+    """Name services that would ask for these users as somebody else, in clear, take no connection
+    of theirs any more (P6): their sockets have access lists (acl(5)), and so will new ones."""
+
+    users: tuple[int, ...]
+
+    def describe(self) -> str:
+        return (
+            f"setfacl -m {_entries(self.users, 'r--')} (sockets in {', '.join(DOORS)})\n"
+            f"setfacl -d -m {_entries(self.users, 'r-x')} {' '.join(DOORS)}"
+        )
+
+    def undo(self) -> HostStep | None:
+        return FreeUsers(self.users)
+
+
+@dataclass(frozen=True)
+class FreeUsers:
+    users: tuple[int, ...]
+
+    def describe(self) -> str:
+        return f"setfacl -R -x {_entries(self.users)} {' '.join(DOORS)}"
+
+    def undo(self) -> HostStep | None:
+        return None
+
+
+def _entries(users: tuple[int, ...], allowed: str = "") -> str:
+    return ",".join(f"u:{user}{allowed and ':' + allowed}" for user in users)
+
+
 HostStep = (
     CloseHost
     | OpenHost
@@ -216,4 +251,6 @@ HostStep = (
     | UncoverFile
     | LeadResolved
     | FreeResolved
+    | BarUsers
+    | FreeUsers
 )

@@ -32,7 +32,7 @@ from typing import Any, Literal
 from nsrun import netlink
 from nsrun.errors import NsrunError
 from nsrun.host import control, facts, machine, session
-from nsrun.host.rules import render_closed
+from nsrun.host.plan import locked_rules
 from nsrun.host.session import Session
 from nsrun.host.steps import (
     CloseHost,
@@ -122,7 +122,7 @@ def look() -> bool:
 def _close(found: Session) -> None:
     """Whoever is killed after the first of it finds the rules changed, and closes again."""
     host = machine.HostMachine(log.info)
-    host.do(CloseHost(render_closed()))
+    host.do(CloseHost(locked_rules(found)))
     control.write_record(found.at("locked", rules=host.rules))
     words = "the rules of the host were changed: all is closed, until `ttp restart` or `ttp stop`"
     log.critical("<0>ttp: %s", words)  # journald tells it on every terminal

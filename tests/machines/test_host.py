@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO
 
 import pytest
 
 from host_machine import (
     CURL,
+    CUT,
     OWN,
+    PYTHON,
     SHOUT,
     START,
     ListenerReports,
     all_the_time,
     as_seen,
+    idle,
     is_closed,
+    is_killed,
+    speak,
     state_of,
     to,
     watched,
@@ -37,9 +39,6 @@ from nsrun.leak.frames import Tcp, Udp
 from nsrun.leak.pcap import Capture
 from nsrun.leak.verdict import Value, as_text, judge
 from town import eventually
-
-PYTHON = "/usr/local/lib/ttp/bin/python"
-CUT = "Software caused connection abort\n"  # ECONNABORTED: what a destroyed socket says
 
 
 def contained(machine: Machine, capture: Capture, *, expect_some: bool = True) -> None:
@@ -199,20 +198,6 @@ def test_check_leak_finds_what_is_let_past_tor(host: Machine) -> None:
 
 # ---- what went through Tor, at stop ------------------------------------------------------------
 
-# Connect, say so, and write when told to; several times, as the first words may come too early.
-IDLE = """
-import socket, sys, time
-it = socket.create_connection((sys.argv[1], 80), 20)
-print("open", flush=True)
-sys.stdin.readline()
-try:
-    for _ in range(3):
-        it.sendall(b"late words")
-        time.sleep(0.3)
-    print("sent", flush=True)
-except OSError as error:
-    print(error.strerror, flush=True)
-"""
 # As `conntrack -F` forgets, but only what leads to Tor.
 FORGET = """
 from nsrun import netlink
@@ -222,27 +207,6 @@ with netlink.connect(netlink.NETLINK_NETFILTER) as kernel:
         if flow.leads_to((9041,)):
             netlink.request(kernel, flows.CT_DELETE, flow.key)
 """
-
-
-@contextmanager
-def idle(machine: Machine, target: str) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
-    """A connection of alice's to the web, that says nothing until a line is written to it."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with machine.start("python3", "-c", IDLE, target, user="alice", **pipes) as process:
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "open\n"
-            yield process, process.stdout
-        finally:
-            process.kill()
-
-
-def speak(process: subprocess.Popen[str], heard: IO[str]) -> str:
-    """What became of its words."""
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-    return heard.readline()
 
 
 @pytest.mark.promise("P1", "P4")
@@ -298,33 +262,6 @@ def test_no_start_and_no_restart_opens_for_a_moment(host: Machine) -> None:
     for address in (topology.WEB, topology.WEB6):
         assert to(control[0], Udp, address)
         assert not to(seen[0], Udp, address)
-
-
-MORTAL = """
-import os, sys
-from nsrun.cli import main
-from nsrun.host.machine import HostMachine
-
-left = int(sys.argv.pop(1))
-do = HostMachine.do
-
-def counted(self, step):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), 9)
-    left -= 1
-    do(self, step)
-
-HostMachine.do = counted
-main()
-"""
-
-
-def is_killed(machine: Machine, steps: int, *words: str) -> bool:
-    """Whether ``ttp`` with these words was killed before its step of that number, from 0."""
-    done = machine.run(PYTHON, "-c", MORTAL, str(steps), *words)
-    assert done.returncode in (0, -9, 137), done.stderr
-    return done.returncode != 0
 
 
 @pytest.mark.promise("P4", "P8")

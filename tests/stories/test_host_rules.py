@@ -15,7 +15,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -592,6 +592,41 @@ def test_only_the_users_that_were_named_go_through_tor(town: HostTown) -> None:
     for act in acts:
         refused(act)
     town.contained(*acts)
+
+
+@pytest.mark.promise("P2")
+def test_a_resolver_on_loopback_does_not_ask_for_them(town: HostTown) -> None:
+    """It is another user's, and would ask in clear: by TCP, TLS, or a flow from before."""
+    town.nft("table inet other { chain c { type filter hook output priority 0; ct state new; }; }")
+    served = {port: town.root.open(socket.AF_INET, socket.SOCK_STREAM) for port in (53, 853)}
+    with ExitStack() as stack:
+        for port, listener in served.items():
+            stack.enter_context(listener).bind(("127.0.0.53", port))
+            listener.listen()
+        resolver = stack.enter_context(town.root.open(socket.AF_INET, socket.SOCK_DGRAM))
+        resolver.bind(("127.0.0.53", 53))
+        before = stack.enter_context(town.alice.send("127.0.0.53", 53, TOKEN))
+        assert resolver.recv(100) == TOKEN
+        town.load(replace(ALL, own="users", users=(ALICE,)))
+        refused(partial(before.send, TOKEN))
+        for port in served:
+            refused(partial(town.alice.connect, "127.0.0.53", port))
+            town.bob.connect("127.0.0.53", port).close()
+        before.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # forgets that it was refused
+        town.unguarded()
+        before.send(TOKEN)
+        assert resolver.recv(100) == TOKEN
+
+
+@pytest.mark.promise("P3")
+def test_only_the_users_that_were_named_have_no_ipv6(nft_town: HostTown) -> None:
+    """Where the machine has none for Tor to listen at, or theirs is not wanted."""
+    nft_town.load(replace(ALL, own="users", users=(ALICE,), ipv6=False))
+    acts = [partial(act, nft_town.alice, site) for site in (SITE6, LAN6) for act in (tcp, udp)]
+    for act in acts:
+        refused(act)
+    assert b"world" in tcp(nft_town.bob, SITE6)
+    nft_town.contained(*acts)
 
 
 @pytest.mark.promise("P3")

@@ -13,6 +13,7 @@ from nsrun.errors import MissingError, UsageError
 from nsrun.host import bridges, flows, session
 from nsrun.host.flows import Ends, Flow, Tcp
 from nsrun.host.plan import start_steps, tor_config
+from nsrun.host.policy import HostPolicy
 from nsrun.host.session import HostFacts, HostSpec, Session, State
 from nsrun.host.steps import CloseHost, CutHost, HostStep, OpenHost, StartUnit, TorifyHost
 from nsrun.host.watchdog import verdict
@@ -33,6 +34,12 @@ FACTS = HostFacts(
     cgroups=True,
 )
 SESSION = Session(HostSpec(watchdog=True), FACTS, pid=1, since=1.5)
+ALICE = replace(
+    SESSION,
+    spec=HostSpec(only_users=("alice",), watchdog=True),
+    facts=replace(FACTS, only_uids=(1000,)),
+    barred=(1000,),
+)
 PRINT = "0123456789ABCDEF0123456789ABCDEF01234567"
 OBFS4 = f"obfs4 192.0.2.1:443 {PRINT} cert=abc iat-mode=0"
 
@@ -49,6 +56,8 @@ OBFS4 = f"obfs4 192.0.2.1:443 {PRINT} cert=abc iat-mode=0"
         {"interval": 0.5},
         {"interval": 3601.0},
         {"interval": float("nan")},
+        {"only_users": ("alice",), "allow_root": True},
+        {"only_users": ("alice",), "bypass_users": ("bob",)},
     ],
 )
 def test_options_are_checked(wrong: dict[str, Any]) -> None:
@@ -228,8 +237,8 @@ def test_the_first_step_closes_and_its_undo_is_the_last() -> None:
 
 @pytest.mark.parametrize("kind", get_args(HostStep), ids=lambda kind: kind.__name__)
 def test_every_kind_of_step_is_in_the_plan_or_takes_one_back(kind: type) -> None:
-    """And so somebody is killed before it, in tests/machines/test_host.py."""
-    steps = start_steps(SESSION, {})
+    """And so somebody is killed before it, in tests/machines."""
+    steps = (*start_steps(SESSION, {}), *start_steps(ALICE, {}))
     assert any(isinstance(one, kind) or isinstance(one.undo(), kind) for one in steps)
 
 
@@ -241,27 +250,29 @@ def test_the_torrc_listens_on_loopback_only(golden: Any) -> None:
     golden("host.torrc", text)
 
 
-def test_the_plan_of_a_host(golden: Any) -> None:
+@pytest.mark.parametrize("made", [SESSION, ALICE], ids=["host", "host-users"])
+def test_the_plan_of_a_host(golden: Any, made: Session, request: pytest.FixtureRequest) -> None:
     """Every step and its undo, in order; the rules have golden files of their own."""
-    steps = start_steps(SESSION, {})
+    steps = start_steps(made, {})
     back = [undo for step in reversed(steps) if (undo := step.undo()) is not None]
     lines = ["# start", *(s.describe() for s in steps), "# stop", *(s.describe() for s in back)]
     rules = re.compile(r"(nft -f - <<'EOF'\n).*?^EOF$", re.DOTALL | re.MULTILINE)
-    golden("host.plan", rules.sub(r"\1…\nEOF", "\n".join(lines)) + "\n")
+    golden(f"{request.node.callspec.id}.plan", rules.sub(r"\1…\nEOF", "\n".join(lines)) + "\n")
 
 
 # ---- what is ended at stop ---------------------------------------------------------------------
 
 US, SITE, TOR = map(ipaddress.ip_address, ("192.168.77.10", "93.184.216.34", "127.0.0.1"))
-PORTS = (9041, 9054)
+RULES = HostPolicy(tor_uid=107)
+ALICES = replace(RULES, own="users", users=(1000,))
 
 
 def flow(sent: Ends, answered: Ends, *, translated: bool) -> Flow:
     return Flow(6, sent, answered, translated, b"")
 
 
-def tcp(port: int, target: Any = SITE, uid: int = 1000, state: int = 1) -> Tcp:
-    return Tcp((US, port, target, 443), state, uid, b"")
+def tcp(port: int, target: Any = SITE, uid: int = 1000, state: int = 1, inode: int = 7) -> Tcp:
+    return Tcp((US, port, target, 443), state, uid, inode, b"")
 
 
 REDIRECTED = flow((US, 4000, SITE, 443), (TOR, 9041, US, 4000), translated=True)
@@ -286,9 +297,26 @@ CLIENT = flow((SITE, 443, US, 22), (US, 22, SITE, 443), translated=False)
 )
 def test_sockets_are_ended_that_were_redirected_or_may_have_been(found: Tcp, ends: bool) -> None:
     """Not those in clear by right, of Tor, of loopback, or of who connected to a service here."""
-    served = Tcp((ipaddress.ip_address("0.0.0.0"), 80, SITE, 0), flows.LISTEN, 0, b"")
+    served = Tcp((ipaddress.ip_address("0.0.0.0"), 80, SITE, 0), flows.LISTEN, 0, 7, b"")
     known = [REDIRECTED, OTHERS, CLIENT]
-    assert list(flows.doomed(known, [served, found], PORTS, 107)) == [found] * ends
+    assert list(flows.doomed(known, [served, found], RULES)) == [found] * ends
+
+
+@pytest.mark.promise("P4", "P9")
+@pytest.mark.parametrize(
+    ("found", "ends"),
+    [
+        (tcp(4000), True),
+        (tcp(4002), True),
+        (tcp(4001), False),
+        (tcp(4000, uid=1001), True),  # by what conntrack knows: whose it is may have changed
+        (tcp(4002, uid=1001), False),
+        (tcp(4002, uid=0, inode=0), True),  # closed, and not yet sent: the user is forgotten, too
+    ],
+)
+def test_of_others_than_the_named_users_no_forgotten_socket_ends(found: Tcp, ends: bool) -> None:
+    """It cannot have been redirected."""
+    assert list(flows.doomed([REDIRECTED, OTHERS], [found], ALICES)) == [found] * ends
 
 
 @pytest.mark.parametrize(
