@@ -29,21 +29,29 @@ def probe() -> Facts:
             )
     tor_version()
     uid, gid = _tor_user()
-    links = json.loads(_output("ip", "-j", "address"))
-    addresses = [
-        (info["local"], info["prefixlen"], info["scope"])
-        for link in links
-        for info in link.get("addr_info", ())
-        if link["ifname"] != "lo"
-    ]
+    found, ipv6 = networks()
     return Facts(
         supervisor=os.getpid(),
         tor_uid=uid,
         tor_gid=gid,
-        networks=tuple(f"{local}/{length}" for local, length, _ in addresses),
-        ipv6=any(":" in local and scope == "global" for local, _, scope in addresses),
+        networks=found,
+        ipv6=ipv6,
         nsswitch=_text("/etc/nsswitch.conf"),
         machine=os.uname().machine,
+    )
+
+
+def networks() -> tuple[tuple[str, ...], bool]:
+    """This machine's own addresses with their networks, and whether one is global and of IPv6."""
+    addresses = [
+        (info["local"], info["prefixlen"], info["scope"])
+        for link in json.loads(_output("ip", "-j", "address"))
+        for info in link.get("addr_info", ())
+        if link["ifname"] != "lo"
+    ]
+    return (
+        tuple(f"{local}/{length}" for local, length, _ in addresses),
+        any(":" in local and scope == "global" for local, _, scope in addresses),
     )
 
 

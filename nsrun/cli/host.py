@@ -96,6 +96,21 @@ Torrc = Annotated[
 Watchdog = Annotated[
     bool, typer.Option("--watchdog", "-w", help="See to it that it stays so: ttp watchdog.")
 ]
+ExternalDaemon = Annotated[
+    bool,
+    typer.Option(
+        "--external-daemon", help="Use a Tor that somebody else runs; it is neither made nor ended."
+    ),
+]
+TorUid = Annotated[
+    str,
+    typer.Option(
+        "--tor-uid",
+        metavar="USER",
+        help="Whose that Tor is.",
+        show_default="the package's",
+    ),
+]
 LogForm = Annotated[
     LogFormat,
     typer.Option("--log-format", help="How the log of the session is written, see ttp logs."),
@@ -145,6 +160,8 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
         bridge: Bridge = None,
         torrc: Torrc = None,
         watchdog: Watchdog = False,
+        external_daemon: ExternalDaemon = False,
+        tor_uid: TorUid = "",
         log_format: LogForm = "text",
         verbose: Verbose = False,
     ) -> None:
@@ -164,6 +181,8 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
             torrc=check_fragment(_text(torrc), str(torrc)) if torrc else "",
             watchdog=watchdog,
             log_format=log_format,
+            external=external_daemon,
+            tor_user=tor_uid,
         )
         act(spec, verbose)
 

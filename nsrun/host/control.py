@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nsrun import paths
-from nsrun.errors import NsrunError, UsageError
-from nsrun.host import facts, log, machine, oracle, session, tor
+from nsrun.errors import NsrunError, UsageError, VerifyError
+from nsrun.host import external, facts, log, machine, oracle, session, tor
 from nsrun.host.plan import policy, start_steps, tor_text
 from nsrun.host.rules import render_closed
 from nsrun.host.session import HostSpec, Session
@@ -114,15 +114,14 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
         barred = {*found.only_uids, *(before.barred if before else ())}
         made = Session(spec, found, os.getpid(), time.time(), barred=tuple(sorted(barred)))
         log.write(logging.INFO, "a session begins", spec.log_format)
+        for words in external.remarks(made) if spec.external else ():
+            told.words(words)
         write_record(made)
         host = machine.HostMachine(told.effects)
         for step in start_steps(made, helpers):
             if isinstance(step, TorifyHost):
                 # Tor 0.4.9.11 dies of a connection to a relay, another Tor's, that it gets sooner
-                tor.await_bootstrap(
-                    spec.bootstrap_timeout,
-                    lambda percent, words: told.words(f"Tor {percent} %: {words}"),
-                )
+                _await_bootstrap(spec, told)
                 made = replace(made, redirected=True)
                 write_record(made)
             host.do(step)
@@ -144,8 +143,21 @@ def _examine(spec: HostSpec, before: Session | None) -> None:
     found = facts.probe(spec)
     if before is None or before.state == "closed":  # else our own resolv.conf is what is there
         facts.check_resolvers(spec, found)
+    if spec.external:
+        return
     made = Session(spec, found, os.getpid(), time.time())
     facts.check_torrc(found, tor_text(made, facts.helpers(spec.bridges)))
+
+
+def _await_bootstrap(spec: HostSpec, told: Ears) -> None:
+    if spec.external:
+        told.words("waiting until Tor answers names")
+        external.await_bootstrap(spec)
+    else:
+        tor.await_bootstrap(
+            spec.bootstrap_timeout,
+            lambda percent, words: told.words(f"Tor {percent} %: {words}"),
+        )
 
 
 def stop(ears: Ears) -> None:
@@ -164,7 +176,9 @@ def stop(ears: Ears) -> None:
 def refresh() -> None:
     """New circuits for new connections of the host. Raises NsrunError."""
     need_root("refresh")
-    _need_session("refresh")
+    if _need_session("refresh").spec.external:
+        hint = "SIGNAL NEWNYM by its own control port"
+        raise UsageError("refresh the session", "its Tor is somebody else's", hint)
     tor.renew()
 
 
@@ -176,7 +190,7 @@ def watch(interval: float | None, ears: Ears) -> None:
     doing = "watchdog stop" if interval is None else "watchdog start"
     need_root(doing)
     with lock(), _log(ears) as told:
-        found = _need_session(doing)
+        found = _looked_at(_need_session(doing))
         spec = replace(found.spec, watchdog=True, interval=interval or session.INTERVAL)
         *_, step = steps_of(found.at(found.state, spec=spec))  # it is the last
         inverse = step.undo()
@@ -233,16 +247,18 @@ def _again(found: Session, spec: HostSpec, told: Ears) -> Outcome:
     asked = replace(spec, bridges=(), torrc="")
     if found.spec.watchdog:  # started since, perhaps
         asked = replace(asked, watchdog=True, interval=found.spec.interval)
-    helpers = facts.helpers(spec.bridges)
-    if asked != found.spec or not _is_torrc(tor_text(replace(found, spec=spec), helpers)):
+    if asked != found.spec or not _has_torrc(found, spec):
         raise UsageError(
             "start with these options", "it is up with others", "ttp restart, with the options"
         )
     return _verified(found, told, fresh=False)
 
 
-def _is_torrc(text: str) -> bool:
-    """Whether it is that of the session, but for the order of its lines."""
+def _has_torrc(found: Session, spec: HostSpec) -> bool:
+    """Whether its torrc, if there is one of ours, is that of ``spec``, but for the lines' order."""
+    if spec.external:
+        return True
+    text = tor_text(replace(found, spec=spec), facts.helpers(spec.bridges))
     try:
         there = Path(session.TORRC).read_text(errors="replace")
     except FileNotFoundError:
@@ -250,8 +266,20 @@ def _is_torrc(text: str) -> bool:
     return set(there.splitlines()) == set(text.splitlines())
 
 
+def _looked_at(found: Session) -> Session:
+    """With a Tor that is somebody else's as it is now: it may have been started again since."""
+    if not found.spec.external:
+        return found
+    try:
+        return found.at(found.state, facts=facts.with_theirs(found.facts, found.spec))
+    except UsageError as error:
+        raise VerifyError("rely on the Tor of the session", error.cause, error.hint) from error
+
+
 def _verified(found: Session, told: Ears, *, fresh: bool) -> Outcome:
     machine.verify(found.rules)
+    if not fresh:
+        found = _looked_at(found)
     seen = oracle.ask(policy(found))
     why = seen.error or f"seen as {seen.address}, which is not Tor's"
     told.effects(f"verified: seen as {seen.address}" if seen.is_tor else f"not verified: {why}")

@@ -11,12 +11,13 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
 from nsrun import facts, netlink
 from nsrun.errors import MissingError, UsageError
-from nsrun.host import bridges, doors, flows, machine, people, session
+from nsrun.host import bridges, doors, external, flows, machine, people, session
 from nsrun.host.policy import choose_automap
 from nsrun.host.session import HostFacts, HostSpec
 
@@ -27,31 +28,55 @@ def probe(spec: HostSpec) -> HostFacts:
     """Look, change nothing. Raises UsageError or MissingError."""
     if not Path(session.UNITS).parent.is_dir() or shutil.which("systemctl") is None:
         raise MissingError(DOING, "systemd does not run here", "ttp run -- COMMAND does without")
-    facts.tor_version()
-    found = facts.probe()
-    tor = shutil.which("tor", path=facts.search_path())
-    assert tor is not None, "facts.probe() has looked for it"
-    if not found.tor_uid:
-        raise MissingError(DOING, "there is no user for Tor", "install the package tor")
-    return HostFacts(
-        tor=tor,
+    networks, is_global6 = facts.networks()
+    found = HostFacts(
+        tor="",
         python=sys.executable,
-        tor_uid=found.tor_uid,
-        tor_gid=found.tor_gid,
+        tor_uid=0,
+        tor_gid=0,
         interface=_interface(spec.interface),
         ipv6=_has_ipv6(),
-        reaches_ipv6=found.ipv6 and spec.ipv6,
-        automap4=choose_automap(found.networks),
+        reaches_ipv6=is_global6 and spec.ipv6,
+        automap4=choose_automap(networks),
         resolv_confs=tuple(filter(os.path.exists, (resolv_conf(),))),
         resolved=machine.is_active(machine.RESOLVED_UNIT),
         services=_services(),
         bypass_uids=people.exempt_users(DOING, spec.bypass_users),
         bypass_gids=people.exempt_groups(DOING, spec.bypass_groups),
-        only_uids=_only(spec, found.tor_uid),
         cgroups=Path("/sys/fs/cgroup/cgroup.controllers").exists(),
-        made=_absent("/run/tor", session.TOR_RUNTIME),
         tor_resolvers=resolvers() if bridges.need_names(spec.bridges) else (),
         tor_udp=bridges.need_udp(spec.bridges),
+    )
+    found = with_theirs(found, spec) if spec.external else _with_own(found)
+    return replace(found, only_uids=_only(spec, found.tor_uid))
+
+
+def with_theirs(found: HostFacts, spec: HostSpec) -> HostFacts:
+    """What is known of a Tor that is somebody else's, looked at now. Raises UsageError."""
+    tor = external.look(spec, found.automap4)
+    return replace(
+        found,
+        tor_uid=tor.uid,
+        tor_gid=tor.gid,
+        tor_pid=tor.pid,
+        listeners=tor.listeners,
+        ipv6=tor.ipv6,
+        onion=tor.onion,
+    )
+
+
+def _with_own(found: HostFacts) -> HostFacts:
+    facts.tor_version()
+    tor, user = shutil.which("tor", path=facts.search_path()), facts.probe()
+    assert tor is not None, "facts.probe() has looked for it"
+    if not user.tor_uid:
+        raise MissingError(DOING, "there is no user for Tor", "install the package tor")
+    return replace(
+        found,
+        tor=tor,
+        tor_uid=user.tor_uid,
+        tor_gid=user.tor_gid,
+        made=_absent("/run/tor", session.TOR_RUNTIME),
     )
 
 
@@ -131,7 +156,9 @@ def _only(spec: HostSpec, tor_uid: int) -> tuple[int, ...]:
 
 
 def check_ports(spec: HostSpec) -> None:
-    """Raises UsageError where somebody has one of the ports already."""
+    """Raises UsageError where somebody has one of the ports already; there, an external Tor is."""
+    if spec.external:
+        return
     for option, port, kind in (
         ("--transport-port", spec.trans_port, socket.SOCK_STREAM),
         ("--dns-port", spec.dns_port, socket.SOCK_DGRAM),

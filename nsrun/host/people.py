@@ -10,6 +10,8 @@ from contextlib import suppress
 from nsrun.errors import UsageError
 from nsrun.facts import TOR_USERS
 
+NO_SHELLS = ("/nologin", "/false", "/sync")  # of users for services (nologin(8), base-passwd)
+
 
 def users(doing: str, words: Iterable[str]) -> tuple[int, ...]:
     """Numbers of users; each word may be several, with commas between. Raises UsageError."""
@@ -35,6 +37,31 @@ def tor_user() -> int | None:
         with suppress(KeyError):
             return pwd.getpwnam(name).pw_uid
     return None
+
+
+def name_of(uid: int) -> str:
+    """A user's name, or its number if it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def group_of(uid: int) -> int:
+    """A user's own group; of one without a name it has the same number."""
+    try:
+        return pwd.getpwuid(uid).pw_gid
+    except KeyError:
+        return uid
+
+
+def logs_in(uid: int) -> str:
+    """The name of a user who has a shell to log in with; else empty."""
+    try:
+        user = pwd.getpwuid(uid)
+    except KeyError:
+        return ""
+    return "" if user.pw_shell.endswith(NO_SHELLS) else user.pw_name
 
 
 def _but_root(doing: str, numbers: tuple[int, ...]) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ def locked_rules(made: Session) -> str:
 def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ...]:
     """The host from as it was to behind Tor. ``helpers`` are programs for bridges, by transport."""
     spec, facts, rules = made.spec, made.facts, policy(made)
-    closed, owner = render_lockdown(rules), (facts.tor_uid, facts.tor_gid)
+    closed = render_lockdown(rules)
     return (
         CloseHost(closed),
         *((BarUsers(made.barred),) if made.barred else ()),
@@ -72,20 +72,7 @@ def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ..
             if facts.cgroups
             else ()
         ),
-        *(
-            OwnDirectory(path, 0o700 if path == session.TOR_RUNTIME else 0o755, *owner)
-            for path in facts.made
-        ),
-        MakeDirectory(session.TOR_STATE, 0o700, *owner),
-        WriteFile(session.TORRC, tor_text(made, helpers), 0o600, *owner),
-        *(
-            WriteFile(path, text, 0o644, 0, 0)
-            for path, text in units.tor_resolver(facts.tor_resolvers).items()
-        ),
-        StartUnit(
-            f"{session.UNITS}/{session.TOR_UNIT}",
-            units.tor_unit(facts.tor, *owner, resolver=bool(facts.tor_resolvers)),
-        ),
+        *(() if spec.external else _own_tor(made, helpers)),
         TorifyHost(full_rules(made), closed, rules),
         *(_resolver(made) if rules.own == "all" else ()),
         *(
@@ -114,6 +101,27 @@ def _resolver(made: Session) -> tuple[HostStep, ...]:
         *((resolved,) if facts.resolved else ()),
         WriteFile(session.RESOLV_CONF, units.resolv_conf(), 0o644, 0, 0),
         *(CoverFile(path, session.RESOLV_CONF) for path in facts.resolv_confs),
+    )
+
+
+def _own_tor(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ...]:
+    facts = made.facts
+    owner = facts.tor_uid, facts.tor_gid
+    return (
+        *(
+            OwnDirectory(path, 0o700 if path == session.TOR_RUNTIME else 0o755, *owner)
+            for path in facts.made
+        ),
+        MakeDirectory(session.TOR_STATE, 0o700, *owner),
+        WriteFile(session.TORRC, tor_text(made, helpers), 0o600, *owner),
+        *(
+            WriteFile(path, text, 0o644, 0, 0)
+            for path, text in units.tor_resolver(facts.tor_resolvers).items()
+        ),
+        StartUnit(
+            f"{session.UNITS}/{session.TOR_UNIT}",
+            units.tor_unit(facts.tor, *owner, resolver=bool(facts.tor_resolvers)),
+        ),
     )
 
 

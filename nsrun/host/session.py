@@ -42,7 +42,8 @@ LogFormat = Literal["text", "json"]
 @dataclass(frozen=True)
 class HostSpec:
     """The options of ``ttp start``. ``lan`` says that private addresses are reached directly;
-    ``interval`` is the watchdog's, in seconds.
+    ``interval`` is the watchdog's, in seconds; ``external`` says that Tor is somebody else's, and
+    ``tor_user`` whose.
 
     ``only_users`` alone are caught; if there are none, everybody is.
     ``bridges`` and ``torrc``, which may be secret, are no part of the record.
@@ -62,6 +63,8 @@ class HostSpec:
     watchdog: bool = False
     interval: float = INTERVAL
     log_format: LogFormat = "text"
+    external: bool = False
+    tor_user: str = ""
     only_users: tuple[str, ...] = ()
 
     @property
@@ -81,6 +84,11 @@ class HostSpec:
         if not 1 <= self.interval <= 3600:  # NaN neither
             cause = f"{self.interval:g} is not from 1 to 3600 seconds"
             raise UsageError("look at that --interval", cause)
+        if self.tor_user and not self.external:
+            raise UsageError("use --tor-uid", "the Tor is our own", "add --external-daemon")
+        if self.external and (self.bridges or self.torrc):
+            cause = "--external-daemon says that this Tor has its own"
+            raise UsageError("use bridges or a torrc", cause, "in that Tor's torrc")
         for option, port in (
             ("--transport-port", self.trans_port),
             ("--dns-port", self.dns_port),
@@ -104,6 +112,8 @@ class HostFacts:
     led to. ``made`` are the directories that are not there yet, and so are ours to remove;
     ``services`` are TCP ports that others may connect to. ``cgroups`` are those of version 2 alone.
     ``tor_resolvers`` are asked by Tor's helpers, ``tor_udp`` says that these send by UDP.
+    Of a Tor that is somebody else's, ``listeners`` are the numbers of its sockets, ``tor_pid`` is a
+    process that has them; ``onion`` says that it gives .onion names addresses; ``tor`` is empty.
     """
 
     tor: str
@@ -124,6 +134,9 @@ class HostFacts:
     cgroups: bool = False
     tor_resolvers: tuple[str, ...] = ()
     tor_udp: bool = False
+    listeners: tuple[int, ...] = ()
+    tor_pid: int = 0
+    onion: bool = True
 
 
 @dataclass(frozen=True)

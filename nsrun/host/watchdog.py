@@ -1,12 +1,14 @@
 """``python3 -m nsrun.host.watchdog SECONDS``: see to it that a session stays as it was made.
 
 The kernel tells of every change to rules, links and mounts, and to the files that lead to the
-resolver; and every so many seconds all is looked at without being told. There are two kinds of
+resolver; and every so many seconds all is looked at without being told. There are three kinds of
 trouble:
 
 tampering  the rules are not as they were loaded: everything is closed, and people are told; what
            is closed is watched as well
 failure    Tor has ended, or the resolver is another one, which opens nothing: it is mended
+its end    of a Tor that is somebody else's, and so not ours to start: whoever listens in its place
+           would get what is for it, so that everything is closed
 
 While another command changes the host, its lock is held, and nobody is suspected. An interface that
 goes down is no trouble: no rule names one.
@@ -31,7 +33,7 @@ from typing import Any, Literal
 
 from nsrun import netlink
 from nsrun.errors import NsrunError
-from nsrun.host import control, facts, machine, session
+from nsrun.host import control, external, facts, machine, session
 from nsrun.host.plan import locked_rules
 from nsrun.host.session import Session
 from nsrun.host.steps import (
@@ -49,6 +51,7 @@ PAUSE = 0.2  # seconds from one look to the next at least, however much is chang
 NFNLGRP_NFTABLES, RTMGRP_LINK = 7, 1  # linux/netfilter/nfnetlink.h; rtnetlink(7)
 # closed after writing, moved, made, deleted: inotify(7)
 CHANGES = 0x8 | 0x40 | 0x80 | 0x100 | 0x200
+TAMPERED, REPLACED = "the rules of the host were changed", "Tor no longer listens where it was"
 
 log = logging.getLogger("ttp")
 
@@ -71,13 +74,13 @@ class Watch:
                 why = os.strerror(ctypes.get_errno())
                 log.warning("%s is looked at every %g s: %s", directory, interval, why)
 
-    def wait(self) -> None:
-        """Until something has changed, or Tor has ended, or it is time to look anyway."""
+    def wait(self, tor: int) -> None:
+        """Until something has changed, or ``tor`` has ended, or it is time to look anyway."""
         seconds = self._interval
         with ExitStack() as held:
             told: list[Any] = [self._files, *self._sockets]
             try:
-                told.append(os.pidfd_open(machine.main_process(session.TOR_UNIT)))
+                told.append(os.pidfd_open(tor))
                 held.callback(os.close, told[-1])
             except OSError:  # it has ended since the last look, or is about to be started
                 seconds = min(seconds, UNSEEN)
@@ -96,13 +99,18 @@ class Watch:
         self._mounts.read()
 
 
-def verdict(found: Session | None, rules: str) -> Literal["end", "wait", "close", "mend"]:
-    """What is to be done about a session, where the kernel's table has this fingerprint."""
+def verdict(
+    found: Session | None, rules: str, *, replaced: bool = False
+) -> Literal["end", "wait", "close", "mend"]:
+    """What is to be done about a session, where the kernel's table has this fingerprint.
+
+    ``replaced`` says that a Tor that is somebody else's no longer listens where it was.
+    """
     if found is None:
         return "end"
     if found.state not in ("up", "locked"):
         return "wait"  # who changed it last was killed, and has left it closed
-    if rules != found.rules:
+    if rules != found.rules or (replaced and found.state == "up"):
         return "close"
     return "mend" if found.state == "up" else "wait"
 
@@ -111,20 +119,25 @@ def look() -> bool:
     """Look once, and do what is to be done. False when there is no session any more."""
     with control.lock(math.inf):
         found = control.current()
-        wanted = verdict(found, machine.fingerprint())
+        rules, replaced = machine.fingerprint(), found is not None and _is_replaced(found)
+        wanted = verdict(found, rules, replaced=replaced)
         if found is not None and wanted == "close":
-            _close(found)
+            _close(found, TAMPERED if rules != found.rules else REPLACED)
         elif found is not None and wanted == "mend":
             _mend(found)
     return wanted != "end"
 
 
-def _close(found: Session) -> None:
+def _is_replaced(found: Session) -> bool:
+    return found.spec.external and not external.is_as_it_was(found)
+
+
+def _close(found: Session, why: str) -> None:
     """Whoever is killed after the first of it finds the rules changed, and closes again."""
     host = machine.HostMachine(log.info)
     host.do(CloseHost(locked_rules(found)))
     control.write_record(found.at("locked", rules=host.rules))
-    words = "the rules of the host were changed: all is closed, until `ttp restart` or `ttp stop`"
+    words = f"{why}: all is closed, until `ttp restart` or `ttp stop`"
     log.critical("<0>ttp: %s", words)  # journald tells it on every terminal
     control.note(words)
 
@@ -176,6 +189,15 @@ def _is_same(target: str, source: str) -> bool:
         return False
 
 
+def _tor() -> int:
+    """A process of Tor's; 0 if there is none."""
+    with suppress(NsrunError):  # as look() has said
+        found = control.current()
+        if found is not None and found.spec.external:
+            return found.facts.tor_pid
+    return machine.main_process(session.TOR_UNIT)
+
+
 def main(interval: float) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -193,7 +215,7 @@ def main(interval: float) -> None:
         except NsrunError as error:
             log.warning("%s", error)
         time.sleep(PAUSE)  # what changes in it is still there to be told
-        watch.wait()
+        watch.wait(_tor())
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ import secrets
 import socket
 import struct
 import sys
-from base64 import b32encode
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha3_256
 from http.client import HTTPException
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
+from nsrun import dns
 from nsrun.address import AUTOMAP6, BLOCKS
 from nsrun.host.policy import AUTOMAPS
 from nsrun.leak import machine
@@ -131,13 +130,8 @@ def _address6(around: Machine) -> list[tuple[str, Came]]:
 
 
 def _onion() -> str:
-    """A name that nobody has: Tor gives it an address of its own without a packet, others do not.
-
-    Its form is that of rend-spec-v3, "Encoding onion addresses".
-    """
-    key = secrets.token_bytes(32)
-    check = sha3_256(b".onion checksum" + key + b"\3").digest()[:2]
-    return b32encode(key + check + b"\3").decode().lower() + ".onion"
+    """A name that nobody has."""
+    return dns.onion(secrets.token_bytes(32))
 
 
 def _of_tor(address: str) -> bool:
@@ -158,14 +152,13 @@ def _libc(_around: Machine) -> list[tuple[str, Came]]:
 
 
 def _ask(server: str) -> Came:
-    labels = b"".join(bytes((len(part),)) + part for part in _onion().encode().split(b"."))
-    query = secrets.token_bytes(2) + struct.pack(">5H", 0x0100, 1, 0, 0, 0)
-    came, answer = send(server, 53, query + labels + b"\0\0\1\0\1")
+    number = secrets.randbits(16)
+    came, answer = send(server, 53, dns.question(number, _onion(), dns.A))
     if not answer:
         refused = came[0] is Value.CONTAINED
         return (Value.INCONCLUSIVE, f"{came[1]}, where Tor should answer") if refused else came
-    if len(answer) > 4 and struct.unpack_from(">H", answer, 6)[0] == 1:
-        return _judge_answer([socket.inet_ntoa(answer[-4:])])
+    if found := dns.answers(answer, number, dns.A):
+        return _judge_answer(list(map(str, found)))
     return Value.LEAK, f"answered with code {answer[3] & 15}, not by Tor"
 
 

@@ -40,6 +40,7 @@ ALICE = replace(
     facts=replace(FACTS, only_uids=(1000,)),
     barred=(1000,),
 )
+THEIRS = replace(FACTS, tor="", made=(), listeners=(1, 2), tor_pid=3)
 PRINT = "0123456789ABCDEF0123456789ABCDEF01234567"
 OBFS4 = f"obfs4 192.0.2.1:443 {PRINT} cert=abc iat-mode=0"
 
@@ -54,6 +55,9 @@ OBFS4 = f"obfs4 192.0.2.1:443 {PRINT} cert=abc iat-mode=0"
         {"interface": "a/b"},
         {"bootstrap_timeout": -1.0},
         {"interval": 0.5},
+        {"tor_user": "debian-tor"},
+        {"external": True, "torrc": "UseBridges 1"},
+        {"external": True, "bridges": ("192.0.2.1:443",)},
         {"interval": 3601.0},
         {"interval": float("nan")},
         {"only_users": ("alice",), "allow_root": True},
@@ -235,6 +239,19 @@ def test_the_first_step_closes_and_its_undo_is_the_last() -> None:
     assert "stop ttp-tor.service" in back[cut + 1].describe()
 
 
+@pytest.mark.promise("P9")
+def test_a_tor_of_somebody_elses_is_neither_made_nor_ended() -> None:
+    """No unit, no torrc, no directory; the rules are closed first and opened last all the same."""
+    theirs = replace(SESSION, spec=replace(SESSION.spec, external=True), facts=THEIRS)
+    steps = start_steps(theirs, {})
+    acts = [step.describe() for one in steps for step in (one, one.undo()) if step is not None]
+    assert not any(session.TOR_UNIT in act.partition("<<")[0] for act in acts)
+    assert not any(path in act for act in acts for path in ("/run/tor", session.TOR_STATE))
+    kept = [step for step in start_steps(SESSION, {}) if step in steps]
+    assert [type(step) for step in kept[:1]] == [CloseHost]
+    assert len(kept) == len(steps)
+
+
 @pytest.mark.parametrize("kind", get_args(HostStep), ids=lambda kind: kind.__name__)
 def test_every_kind_of_step_is_in_the_plan_or_takes_one_back(kind: type) -> None:
     """And so somebody is killed before it, in tests/machines."""
@@ -337,6 +354,14 @@ def test_other_rules_are_closed_and_all_else_is_mended(
 ) -> None:
     """Only where they are known; what is locked is not mended, as it lets nothing through."""
     assert verdict(SESSION.at(state, rules="as loaded"), rules) == wanted
+
+
+@pytest.mark.promise("P4")
+def test_where_a_tor_no_longer_listens_all_is_closed() -> None:
+    """Once: what is closed already need not be closed again, nor what is about to be changed."""
+    for state in get_args(State):
+        found = SESSION.at(state, rules="as loaded")
+        assert (verdict(found, "as loaded", replaced=True) == "close") is (state == "up"), state
 
 
 def test_without_a_session_it_ends() -> None:

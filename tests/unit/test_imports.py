@@ -23,6 +23,7 @@ PURE = (
     "nsrun.ruleset",
     "nsrun.torrc",
     "nsrun.address",
+    "nsrun.dns",
     "nsrun.errors",
     "nsrun.seccomp",
     "nsrun.prompt",
