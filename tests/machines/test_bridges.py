@@ -30,12 +30,13 @@ from lab_helpers import Lab
 from machine import Machine
 from nsrun.host import session
 from nsrun.lab import topology
-from nsrun.leak.frames import Frame, Ip, Udp
+from nsrun.leak.frames import Frame, Ip, Tcp, Udp
 from nsrun.leak.pcap import Capture
 from nsrun.leak.verdict import Rule, TcpToRelays, Value, as_text, judge
 from town import eventually
 
-BRIDGE, OBFS4_PORT, MEEK_PORT = "11.60.0.1", 7777, 8443
+BRIDGE, BRIDGE6 = "11.60.0.1", "2600:113c::1"
+OBFS4_PORT, MEEK_PORT = 7777, 8443
 FRONT = "www.test"  # of which the lab's web server has a certificate, and the meek server too
 NOBODY = f"192.0.2.3:80 {'A' * 40}"  # where a transport does not use the address of a line
 TOR_PORTS = f"{{ {topology.OR_PORT}, {topology.DIR_PORT} }}"
@@ -114,6 +115,22 @@ RESOLVERS = (topology.RESOLVER, topology.RESOLVER6)
 
 
 @dataclass(frozen=True)
+class Remains:
+    """What the far end of an earlier test sends on, for a while, and who knows nothing of it."""
+
+    name: str = "of connections to bridges, from before"
+
+    def covers(self, frame: Frame) -> bool:
+        match frame.body:
+            case Ip(source=source, target=target, body=Tcp() as tcp) if "S" not in tcp.flags:
+                ends = {(source, tcp.source_port), (target, tcp.target_port)}
+                far = (BRIDGE, BRIDGE6, topology.WEB, topology.WEB6)
+                ports = (OBFS4_PORT, MEEK_PORT)
+                return any((at, port) in ends for at in far for port in ports)
+        return False
+
+
+@dataclass(frozen=True)
 class Stun:
     name: str = "STUN of snowflake's"
 
@@ -133,7 +150,10 @@ def contained(machine: Machine, capture: Capture, *rules: Rule) -> None:
     """Nothing but what ``rules`` cover, of which there is some, and what goes without saying."""
     known = machine.lab.neighbours(*OWN, *RESOLVERS, topology.LAN_WEB)
     verdict = judge(
-        "p-host", capture, [*rules, FromRelays(), known, ListenerReports()], expect_some=True
+        "p-host",
+        capture,
+        [*rules, FromRelays(), Remains(), known, ListenerReports()],
+        expect_some=True,
     )
     assert verdict.value is Value.CONTAINED, as_text([verdict])
     for rule in rules:
@@ -182,7 +202,7 @@ def _bridge(lab: Lab, directory: Path) -> Iterator[Lines]:
         ORPort {BRIDGE}:{topology.OR_PORT} IPv4Only
         ExtORPort auto
         ServerTransportPlugin obfs4 exec /usr/bin/obfs4proxy
-        ServerTransportListenAddr obfs4 {BRIDGE}:{OBFS4_PORT}
+        ServerTransportListenAddr obfs4 [::]:{OBFS4_PORT}
         OutboundBindAddress {BRIDGE}
         Log notice file {directory}/log
     """
@@ -271,7 +291,7 @@ def test_a_bridge_where_every_relay_is_blocked(host: Machine, blocked: Lines) ->
 
 @pytest.mark.promise("P1", "P3")
 def test_obfs4_where_every_relay_is_blocked(host: Machine, blocked: Lines) -> None:
-    """Its helper runs as Tor does, and only as long; nothing more is opened for it."""
+    """Its helper runs as Tor does, and only as long; nothing more is opened. By IPv6, too."""
     with watched(host) as seen:
         up = host.run(*START, "--use-bridges", "--bridge", blocked.obfs4)
         assert up.returncode == 0, up.stderr
@@ -279,18 +299,23 @@ def test_obfs4_where_every_relay_is_blocked(host: Machine, blocked: Lines) -> No
         proxy = helper(host, "obfs4proxy")
         assert proxy.items() > CONFINED.items()
         assert "bridges" not in host.run("ttp", "status", user="alice").stdout
-        host.run("ttp", "stop", check=True)
+        by_ipv6 = blocked.obfs4.replace(BRIDGE, f"[{BRIDGE6}]")
+        done = host.run("ttp", "restart", *START[2:], "--use-bridges", "--bridge", by_ipv6)
+        assert done.returncode == 0, done.stderr
         assert host.run("test", "-e", f"/proc/{proxy['pid']}").returncode == 1
-    contained(host, seen[0], tcp_to(OBFS4_PORT, BRIDGE))
+        host.run("ttp", "stop", check=True)
+    contained(host, seen[0], tcp_to(OBFS4_PORT, BRIDGE), tcp_to(OBFS4_PORT, BRIDGE6))
 
 
 @pytest.mark.promise("P1", "P2", "P3", "P4")
 def test_meek_asks_for_its_front_and_nothing_else_is_asked(host: Machine, blocked: Lines) -> None:
-    """The resolver of before, for that name, also for a Tor that is started anew; whoever else
-    asks, is answered by Tor."""
+    """The resolver of before, for that name: from closed, after a restart, and for a Tor that is
+    started anew. Whoever else asks, is answered by Tor."""
     with watched(host) as seen:
-        up = host.run(*START, "--use-bridges", "--bridge", blocked.meek)
-        assert up.returncode == 0, up.stderr
+        host.run("ttp", "close", check=True)
+        for verb in ("start", "restart"):
+            up = host.run("ttp", verb, *START[2:], "--use-bridges", "--bridge", blocked.meek)
+            assert up.returncode == 0, up.stderr
         assert as_seen(host, "-4")["IsTor"] is True
         assert helper(host, "obfs4proxy").items() > CONFINED.items()
         told = host.run("ttp", "status", user="alice").stdout
