@@ -13,6 +13,7 @@ from machine import Machine
 from nsrun.lab import topology
 from nsrun.leak.frames import Frame, Icmp, Ip, Tcp
 from nsrun.leak.pcap import Capture
+from nsrun.leak.verdict import Rule, Value, as_text, judge
 
 OWN = (topology.HOST, topology.HOST6)
 START = ("ttp", "start", "--torrc", "/etc/ttp/lab.torrc")
@@ -90,6 +91,14 @@ class ListenerReports:
             case Ip(target="ff02::16", body=Icmp(kind=143)):
                 return True
         return False
+
+
+def contained(machine: Machine, capture: Capture, *more: Rule, expect_some: bool = True) -> None:
+    """Nothing but TCP to relays, and neighbours, and what ``more`` says."""
+    known = machine.lab.neighbours(*OWN, topology.RESOLVER, topology.LAN_WEB)
+    rules = [*machine.lab.rules(*OWN), known, ListenerReports(), *more]
+    verdict = judge("p-host", capture, rules, expect_some=expect_some)
+    assert verdict.value is Value.CONTAINED, as_text([verdict])
 
 
 @contextmanager

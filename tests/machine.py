@@ -18,6 +18,7 @@ How to use it, in tests/machines:
         assert machine.changes(before) == ""
 
     with debian("sid") as machine: …             # one of its own, with a lab of its own
+    def test_…(crowded: Machine) -> None:        # beside firewalls and resolvers of others
 
 What is as on a Debian with the default installation, and what is not:
 
@@ -138,6 +139,13 @@ ExecStart=ip -batch /etc/network.batch
 WantedBy=multi-user.target network-online.target
 """,
     "etc/ttp/config.toml": '[gateway.default]\ntorrc = "lab.torrc"\n',
+}
+
+# What resolvconf, which has no interface to hear of, says in resolved's place.
+BESIDE = {
+    "etc/resolvconf/resolv.conf.d/base": topology.resolv_conf(
+        (topology.RESOLVER, topology.RESOLVER6)
+    ),
 }
 
 # Without counters, lifetimes, and what systemd loads and forgets by itself. What is enabled or
@@ -295,15 +303,16 @@ class Machine:
 
 
 @contextmanager
-def machine(lab: Lab, suite: str = SUITE) -> Iterator[Machine]:
+def machine(lab: Lab, suite: str = SUITE, *, beside: bool = False) -> Iterator[Machine]:
     """A machine that has booted, as the host of ``lab``; one at a time."""
-    layers = roots.installed(suite)
+    ttp, below = roots.installed(suite)
+    layers = (ttp, *((roots.beside(suite),) if beside else ()), below)
     with tempfile.TemporaryDirectory(prefix="ttp-machine-", dir="/var/tmp") as name:
         directory = Path(name)
         for part in ("upper", "work", "top", "docker", "containers"):
             (directory / part).mkdir()
         (directory / "net").touch()
-        _furnish(directory / "upper", lab)
+        _furnish(directory / "upper", lab, BESIDE if beside else {})
         switch = subprocess.run(lab.inside("host", "sh", "-c", SWITCH), capture_output=True)
         assert switch.returncode == 0, switch.stderr
         with (directory / "log").open("wb") as log:
@@ -332,8 +341,11 @@ def machine(lab: Lab, suite: str = SUITE) -> Iterator[Machine]:
 
 
 @contextmanager
-def debian(suite: str = SUITE, *, gateway: bool = False) -> Iterator[Machine]:
-    """A machine, and a lab of root's for it; ``gateway``: whether the lab has one as well."""
+def debian(suite: str = SUITE, *, gateway: bool = False, beside: bool = False) -> Iterator[Machine]:
+    """A machine, and a lab of root's for it; ``gateway``: whether the lab has one as well.
+
+    ``beside``: with firewalls and resolvers of others installed, and without systemd-resolved.
+    """
     name = f"m{os.getpid() % 100000}-{next(NUMBERS)}"
     with tempfile.TemporaryDirectory(prefix="ttp-lab-") as home:
         lab = Lab(name, "root", (), Path(home))
@@ -341,18 +353,19 @@ def debian(suite: str = SUITE, *, gateway: bool = False) -> Iterator[Machine]:
         up = lab.do(TTP, "lab", "up", name, network, seconds=100)  # the first one bakes
         assert up.returncode == 0, up.stderr
         try:
-            with machine(lab, suite) as made:
+            with machine(lab, suite, beside=beside) as made:
                 yield made
         finally:
             down = lab.ttp("lab", "down", name)
             assert down.returncode == 0, down.stderr
 
 
-def _furnish(upper: Path, lab: Lab) -> None:
+def _furnish(upper: Path, lab: Lab, more: dict[str, str]) -> None:
     """Put the files of this lab into a root that has not booted yet."""
     told = lab.status()
     files = {
         **FILES,
+        **more,
         "etc/ttp/lab.torrc": str(told["client_torrc"]),
         "etc/ssl/certs/ca-certificates.crt": Path(str(told["ca_bundle"])).read_text(),
     }

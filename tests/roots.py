@@ -3,6 +3,7 @@
 In root's cache directory, each under a checksum of what it is made of:
 
     root-SUITE-…     Debian, by debootstrap from apt's own mirror        a minute, 900 MB
+    beside-SUITE-…   what else may share a machine, added to a root         40 s, 100 MB
     wheels-…         what pip needs to install ttp without a network     5 s, 5 MB
     ttp-SUITE-…      what `make install` of this checkout adds to a root   10 s, 40 MB
 
@@ -27,18 +28,28 @@ from nsrun import paths
 
 DAY = 86400
 DAYS = 30  # until a root is made anew
-PACKAGES = (
+BASE = (
     *("systemd-sysv", "systemd-resolved", "libnss-resolve", "dbus", "openssh-server", "sudo"),
     *("iproute2", "iputils-ping", "procps", "nftables", "iptables", "ufw", "tcpdump"),
     *("python3", "python3-venv", "make", "curl", "ca-certificates", "openssl", "socat"),
     *("tor", "passt", "slirp4netns", "dnsmasq-base", "bind9-dnsutils"),
-    *("docker.io", "docker-cli", "docker-compose", "podman"),
+)
+CONTAINERS = ("docker.io", "docker-cli", "docker-compose", "podman")
+#: Firewalls, resolvers and managers of networks; resolvconf takes systemd-resolved's place.
+BESIDE = (
+    *("firewalld", "network-manager", "resolvconf", "isc-dhcp-client"),
+    *("wireguard-tools", "wireguard-go"),
 )
 #: What would use the network, or the host's disk, by itself; a test starts what it is about.
 DISABLED = (
     *("tor.service", "docker.service", "docker.socket", "containerd.service"),
     *("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "fstrim.timer"),
 )
+DISABLED_BESIDE = (
+    *("firewalld.service", "NetworkManager.service", "NetworkManager-dispatcher.service"),
+    "NetworkManager-wait-online.service",
+)
+OLD = "bookworm"  # Debian 12: without containers, which are tested on others
 #: Of the kernel, which is everybody's.
 MASKED = ("sys-kernel-debug.mount", "sys-kernel-tracing.mount", "systemd-modules-load.service")
 USERS = ("alice", "bob")
@@ -59,6 +70,23 @@ systemctl --quiet --root="$1" disable $6
 systemctl --quiet --root="$1" mask $7
 """
 
+ADD = """set -eu
+mkdir "$1/work" "$1/top" "$1/added"
+mount -t overlay overlay -o "lowerdir=$2,upperdir=$1/added,workdir=$1/work" "$1/top"
+mount -t tmpfs none "$1/top/run"
+mkdir -p "$1/top/run/systemd/resolve" # where its resolv.conf leads to
+cp /etc/resolv.conf "$1/top/run/systemd/resolve/stub-resolv.conf"
+policy="$1/top/usr/sbin/policy-rc.d" # nothing is started here
+printf '#!/bin/sh\nexit 101\n' >"$policy"
+chmod 755 "$policy"
+export DEBIAN_FRONTEND=noninteractive
+chroot "$1/top" apt-get -qq update
+chroot "$1/top" apt-get -qq install --yes --no-install-recommends $3
+rm -rf "$policy" "$1"/top/var/cache/apt/* "$1"/top/var/lib/apt/lists/*
+systemctl --quiet --root="$1/top" disable $4
+umount "$1/top/run" "$1/top"
+"""
+
 INSTALL = """set -eu
 mkdir "$1/work" "$1/top" "$1/added"
 mount -t overlay overlay -o "lowerdir=$2,upperdir=$1/added,workdir=$1/work" "$1/top"
@@ -72,8 +100,13 @@ umount "$1/top"
 
 
 def root(suite: str) -> Path:
-    """A Debian of ``suite`` (a name, or `sid`) with PACKAGES; two users who may use sudo."""
-    words = (",".join(PACKAGES), " ".join(USERS), " ".join(DISABLED), " ".join(MASKED))
+    """A Debian of ``suite`` (a name, or `sid`) with BASE, and mostly CONTAINERS; two users who may
+    use sudo."""
+    packages, disabled = [*BASE, *CONTAINERS], list(DISABLED)
+    if suite == OLD:
+        packages = [*BASE]
+        disabled = [unit for unit in DISABLED if not unit.startswith(("docker", "containerd"))]
+    words = (",".join(packages), " ".join(USERS), " ".join(disabled), " ".join(MASKED))
 
     def make(part: Path) -> None:
         # in a mount namespace: what debootstrap mounts goes with it, however it ends
@@ -81,6 +114,18 @@ def root(suite: str) -> Path:
         _do(*script, str(part), suite, _mirror(), *words)
 
     return _kept(f"root-{suite}", BOOTSTRAP + "".join(words), make, DAYS)
+
+
+def beside(suite: str) -> Path:
+    """What BESIDE adds to a root; all of it disabled."""
+    below = root(suite)
+    words = (" ".join(BESIDE), " ".join(DISABLED_BESIDE))
+
+    def make(part: Path) -> None:
+        script = ("unshare", "--mount", "--propagation", "private", "sh", "-c", ADD, "sh")
+        _do(*script, str(part), str(below), *words)
+
+    return _kept(f"beside-{suite}", f"{ADD}{below}" + "".join(words), make, DAYS) / "added"
 
 
 def installed(suite: str) -> tuple[Path, Path]:

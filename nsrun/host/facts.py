@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nsrun import facts, netlink
 from nsrun.errors import MissingError, UsageError
-from nsrun.host import bridges, doors, external, flows, machine, people, session
+from nsrun.host import bridges, cover, doors, external, flows, machine, people, session
 from nsrun.host.policy import choose_automap
 from nsrun.host.session import HostFacts, HostSpec
 
@@ -38,7 +38,7 @@ def probe(spec: HostSpec) -> HostFacts:
         ipv6=_has_ipv6(),
         reaches_ipv6=is_global6 and spec.ipv6,
         automap4=choose_automap(networks),
-        resolv_confs=tuple(filter(os.path.exists, (resolv_conf(),))),
+        resolv_conf=os.path.lexists(session.RESOLVER),
         resolved=machine.is_active(machine.RESOLVED_UNIT),
         services=_services(),
         bypass_uids=people.exempt_users(DOING, spec.bypass_users),
@@ -46,6 +46,7 @@ def probe(spec: HostSpec) -> HostFacts:
         cgroups=Path("/sys/fs/cgroup/cgroup.controllers").exists(),
         tor_resolvers=resolvers() if bridges.need_names(spec.bridges) else (),
         tor_udp=bridges.need_udp(spec.bridges),
+        network_manager=cover.has_manager(session.RESOLVER),
     )
     found = with_theirs(found, spec) if spec.external else _with_own(found)
     return replace(found, only_uids=_only(spec, found.tor_uid))
@@ -85,7 +86,7 @@ def resolvers() -> tuple[str, ...]:
 
     For systemd-resolved, which is on loopback, whom it asks.
     """
-    for path in (resolv_conf(), "/run/systemd/resolve/resolv.conf"):
+    for path in (session.RESOLVER, "/run/systemd/resolve/resolv.conf"):
         found = re.findall(r"^nameserver\s+(\S+)", _text(path), re.MULTILINE)
         if outside := tuple(one for one in found if not _is_loopback(one)):
             return outside
@@ -130,11 +131,6 @@ def check_torrc(found: HostFacts, text: str) -> None:
         why = said[-2] if len(said) > 1 else f"exit code {done.returncode}"
         cause = bridges.without_secrets(why, text)
         raise UsageError("use these options for Tor", cause, "see --torrc and --bridge; tor(1)")
-
-
-def resolv_conf() -> str:
-    """The real path of /etc/resolv.conf, behind every symlink."""
-    return os.path.realpath("/etc/resolv.conf")
 
 
 def _only(spec: HostSpec, tor_uid: int) -> tuple[int, ...]:

@@ -10,11 +10,11 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
-from nsrun import linux, ruleset
+from nsrun import ruleset
 from nsrun.apply import Machine, first_line
 from nsrun.errors import MissingError, NsrunError, VerifyError
 from nsrun.facts import search_path
-from nsrun.host import doors, flows
+from nsrun.host import cover, doors, flows
 from nsrun.host.steps import (
     DOORS,
     BarUsers,
@@ -78,10 +78,11 @@ class HostMachine:
             case StopUnit(path):
                 _stop(path, step.name)
             case CoverFile(target, source):
-                linux.mount(source, target, flags=linux.MS_BIND)
-                linux.mount("none", target, flags=linux.MS_PRIVATE)
-            case UncoverFile(target, source):
-                _uncover(target, source)
+                cover.cover(target, source)
+            case UncoverFile(target, source, text, manager):
+                cover.uncover(target, source, text)
+                if manager:
+                    cover.ask_manager(target)
             case LeadResolved(path, text):
                 Path(path).parent.mkdir(exist_ok=True)
                 _write(path, text)
@@ -210,26 +211,6 @@ def _free_resolved(path: str) -> None:
         restart(RESOLVED_UNIT)
     with suppress(OSError):  # somebody else's drop-ins are in it
         file.parent.rmdir()
-
-
-def _uncover(target: str, source: str) -> None:
-    while _covers(target, source):
-        linux.umount(target)
-
-
-def _covers(target: str, source: str) -> bool:
-    """Whether what is mounted last at ``target`` is the file ``source`` (proc_pid_mountinfo(5))."""
-    mounts = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    roots = [fields[3] for fields in mounts if fields[4] == target]
-    return bool(roots) and roots[-1].removesuffix("//deleted").endswith(_within_mount(source))
-
-
-def _within_mount(path: str) -> str:
-    """``path`` below the mount point that it is on: as the root of a mount of it is told."""
-    above = Path(path).parent
-    while not above.is_mount():
-        above = above.parent
-    return "/" + str(Path(path).relative_to(above))
 
 
 def _remove_directory(path: str) -> None:

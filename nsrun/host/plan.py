@@ -100,8 +100,13 @@ def _resolver(made: Session) -> tuple[HostStep, ...]:
     return (
         *((resolved,) if facts.resolved else ()),
         WriteFile(session.RESOLV_CONF, units.resolv_conf(), 0o644, 0, 0),
-        *(CoverFile(path, session.RESOLV_CONF) for path in facts.resolv_confs),
+        *((cover(facts.network_manager),) if facts.resolv_conf else ()),
     )
+
+
+def cover(manager: bool) -> CoverFile:
+    """Ours over the resolver's file of libc."""
+    return CoverFile(session.RESOLVER, session.RESOLV_CONF, units.resolv_conf(), manager)
 
 
 def _own_tor(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ...]:

@@ -19,7 +19,7 @@ from nsrun.spec import check_seconds
 RUNTIME = "/run/ttp"
 RECORD = f"{RUNTIME}/ttp.lock"
 LOG = f"{RUNTIME}/ttp.log"
-RESOLV_CONF = f"{RUNTIME}/resolv.conf"
+RESOLV_CONF, RESOLVER = f"{RUNTIME}/resolv.conf", "/etc/resolv.conf"  # ours, over libc's
 TOR_RESOLV_CONF, TOR_NSSWITCH = f"{RUNTIME}/tor-resolv.conf", f"{RUNTIME}/tor-nsswitch.conf"
 TOR_RUNTIME = "/run/tor/ttp"
 TORRC = f"{TOR_RUNTIME}/torrc"
@@ -108,8 +108,8 @@ class HostSpec:
 class HostFacts:
     """What was found on this machine; numbers of the users and groups that were named.
 
-    ``python`` has ttp. ``resolv_confs`` are real paths that /etc/resolv.conf
-    led to. ``made`` are the directories that are not there yet, and so are ours to remove;
+    ``python`` has ttp. ``resolv_conf`` says that there is one to cover, ``network_manager`` that it
+    is NetworkManager's. ``made`` are the directories that are not there yet, and so ours to remove;
     ``services`` are TCP ports that others may connect to. ``cgroups`` are those of version 2 alone.
     ``tor_resolvers`` are asked by Tor's helpers, ``tor_udp`` says that these send by UDP.
     Of a Tor that is somebody else's, ``listeners`` are the numbers of its sockets, ``tor_pid`` is a
@@ -124,7 +124,7 @@ class HostFacts:
     ipv6: bool
     reaches_ipv6: bool
     automap4: str
-    resolv_confs: tuple[str, ...]
+    resolv_conf: bool
     resolved: bool
     services: tuple[int, ...] = ()
     bypass_uids: tuple[int, ...] = ()
@@ -137,6 +137,7 @@ class HostFacts:
     listeners: tuple[int, ...] = ()
     tor_pid: int = 0
     onion: bool = True
+    network_manager: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,12 @@ from nsrun.steps import MakeDirectory, RemoveFile, WriteFile
 # Where programs find who looks names up for them: systemd-resolved (nss-resolve), avahi (nss-mdns)
 # and nscd.
 DOORS = ("/run/systemd/resolve", "/run/avahi-daemon", "/run/nscd")
+_MANAGER = "org.freedesktop.NetworkManager"
+#: Reload() with DNS_RC: it writes resolv.conf anew, and does nothing else.
+ASK_MANAGER = (
+    *("busctl", "--quiet", "--auto-start=no", "--timeout=5", "call", _MANAGER),
+    *("/org/freedesktop/NetworkManager", _MANAGER, "Reload", "u", "2"),
+)
 
 
 @dataclass(frozen=True)
@@ -145,31 +151,36 @@ class CutHost:
 
 @dataclass(frozen=True)
 class CoverFile:
-    """``target``, a real path, reads as ``source`` for as long as the mount is there.
+    """``target``, a symlink itself, reads as ``source``, a file of ``text``, while it is mounted.
 
-    It is private: else what somebody mounts over ``target`` would cover ``source`` as well, which
-    could not be removed then (mount_namespaces(7)).
+    ``manager``: it is NetworkManager's, which shall write it anew, when it can again.
     """
 
     target: str
     source: str
+    text: str
+    manager: bool
 
     def describe(self) -> str:
-        return f"mount --bind --make-private {self.source} {self.target}"
+        itself = "--options X-mount.nocanonicalize=target"
+        return f"mount --bind --make-private {itself} {self.source} {self.target}"
 
     def undo(self) -> HostStep | None:
-        return UncoverFile(self.target, self.source)
+        return UncoverFile(self.target, self.source, self.text, self.manager)
 
 
 @dataclass(frozen=True)
 class UncoverFile:
-    """Only mounts of ``source`` are taken away, as many as there are."""
+    """What was written to ``target`` meanwhile is written to the file beneath, if it is no link."""
 
     target: str
     source: str
+    text: str
+    manager: bool
 
     def describe(self) -> str:
-        return f"umount {self.target}"
+        ask = f"\n{' '.join(ASK_MANAGER)} (if it has another text)" if self.manager else ""
+        return f"umount {self.target}{ask}"
 
     def undo(self) -> HostStep | None:
         return None

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 from nsrun import netlink
 from nsrun.errors import NsrunError
-from nsrun.host import control, external, facts, machine, session
+from nsrun.host import control, cover, external, machine, session
 from nsrun.host.plan import locked_rules
 from nsrun.host.session import Session
 from nsrun.host.steps import (
@@ -144,10 +144,8 @@ def _close(found: Session, why: str) -> None:
 
 def _mend(found: Session) -> None:
     """Steps of the session's own plan, again."""
-    path = facts.resolv_conf()
-    if path not in found.facts.resolv_confs and Path(path).exists():
-        known = (*found.facts.resolv_confs, path)
-        found = replace(found, facts=replace(found.facts, resolv_confs=known))
+    if not found.facts.resolv_conf and os.path.lexists(session.RESOLVER):
+        found = replace(found, facts=replace(found.facts, resolv_conf=True))
         control.write_record(found)
     for step in control.steps_of(found):
         try:
@@ -167,8 +165,11 @@ def _mend_step(step: HostStep) -> None:
             host.do(step)
         case WriteFile(session.RESOLV_CONF, text) if _text(session.RESOLV_CONF) != text:
             host.do(step)
-        case CoverFile(target, source) if Path(target).exists() and not _is_same(target, source):
-            host.do(UncoverFile(target, source))  # of a file of that name, which is gone
+        case CoverFile(target, source, text) if os.path.lexists(target) and not cover.is_covered(
+            target, source
+        ):
+            # one of ours that is written over, and so another one by now
+            host.do(UncoverFile(target, source, text, manager=False))
             host.do(step)
         case _:
             pass
@@ -180,13 +181,6 @@ def _text(path: str) -> str:
         return Path(path).read_text()
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def _is_same(target: str, source: str) -> bool:
-    try:
-        return Path(target).samefile(source)
-    except OSError:
-        return False
 
 
 def _tor() -> int:
@@ -204,9 +198,8 @@ def main(interval: float) -> None:
     found = control.current()
     if found is None:
         return
-    leading = (session.RESOLV_CONF, *found.facts.resolv_confs)
     resolved = (session.RESOLVED,) if found.facts.resolved else ()
-    files = ("/etc/resolv.conf", *leading, *resolved)
+    files = (session.RESOLVER, session.RESOLV_CONF, *resolved)
     watch = Watch(sorted({str(Path(one).parent) for one in files}), interval)
     while True:
         try:

@@ -33,12 +33,29 @@ def host(machine: Machine) -> Iterator[Machine]:
 
     But for the log, which is there until the next boot; the first command begins it.
     """
+    yield from host_of(machine)
+
+
+def host_of(machine: Machine) -> Iterator[Machine]:
     if not machine.path(session.LOG).exists():
         machine.run("ttp", "stop")
     before = machine.state()
     yield machine
     machine.run("ttp", "stop")
     assert machine.changes(before) == ""
+
+
+@pytest.fixture(scope="session")
+def crowd() -> Iterator[Machine]:
+    """Debian 13 with firewalls and resolvers of others, disabled; without systemd-resolved."""
+    with debian(beside=True) as made:
+        yield made
+
+
+@pytest.fixture
+def crowded(crowd: Machine) -> Iterator[Machine]:
+    """As ``host``, of ``crowd``."""
+    yield from host_of(crowd)
 
 
 @pytest.fixture(scope="session")
