@@ -25,6 +25,8 @@ LINKS6 = IPv6Network("fd74:7470:1:1::/64")
 IDENTITIES6 = IPv6Network("fd74:7470:1:2::/64")
 CONNECTIONS6 = IPv6Network("fd74:7470:1:3::/64")
 AUTOMAP6 = IPv6Network("fd74:7470:1:1000::/64")
+# not a network of gateways: where the Tor of a whole host listens for others
+LISTENER6 = IPv6Address("fd74:7470:1:4::1")
 
 
 @dataclass(frozen=True)

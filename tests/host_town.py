@@ -23,6 +23,7 @@ from typing import Literal
 
 from nsrun.host import export_firehol, export_iptables, rules
 from nsrun.host.policy import DNS_PORT, TRANS_PORT, HostPolicy
+from nsrun.host.steps import AddListeners
 from nsrun.leak.frames import decode
 from nsrun.netns import Namespace
 from nsrun.plan import LINK_MAC
@@ -42,6 +43,7 @@ CGROUPS = next(
     for mount in Path("/proc/mounts").read_text().splitlines()
     if mount.split()[2] == "cgroup2"
 )
+OTHERS = AddListeners(HostPolicy(TOR, gateway_for=("eth1",)).listeners)
 LISTENERS = {TRANS_PORT: socket.SOCK_STREAM, DNS_PORT: socket.SOCK_DGRAM}
 SERVED = (22, 53, 80, 443, 853)
 MLD = "icmp6 listener report"
@@ -191,6 +193,7 @@ def host_town(form: Form, directory: Path) -> Iterator[HostTown]:
         _ip(
             host,
             "link set lo up",
+            *OTHERS.commands,
             *quiet,
             f"address add {HOST4}/24 dev eth0",
             f"address add {HOST_LAN4}/24 dev eth0",
@@ -239,7 +242,7 @@ def host_town(form: Form, directory: Path) -> Iterator[HostTown]:
             form=form,
             lock=directory / "lock",
         )
-        at = ("127.0.0.1", "::1", TO_GUEST4, TO_GUEST6, "fd05::1")
+        at = ("127.0.0.1", "::1", *OTHERS.addresses)
         tor = TorStandIn(host, town.heard, [], at, LISTENERS)
         stack.callback(tor.stop)
         stack.callback(_serve(world, town.met))

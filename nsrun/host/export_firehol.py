@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nsrun.host.export_iptables import PREFIX, lines
+from nsrun.host.export_iptables import PREFIX, lines, loadable
 from nsrun.host.export_torrc import heading
 from nsrun.host.policy import HostPolicy
-from nsrun.host.rules import chains
 
 _HEAD = """version 6
 
@@ -30,7 +29,7 @@ def configuration(policy: HostPolicy) -> str:
 
 
 def _rules(policy: HostPolicy) -> Iterator[str]:
-    for chain in chains(policy):
+    for chain in loadable(policy):
         name = PREFIX + chain.name
         yield f"\niptables_both -t {chain.kind} -N {name}\n"
         for version, command in ((4, "iptables"), (6, "ip6tables")):

@@ -37,7 +37,7 @@ hook() {
 
 def script(policy: HostPolicy) -> str:
     """A script for sh(1), to be run as root."""
-    ordered = sorted(chains(policy), key=lambda chain: chain.kind)  # filter, then nat
+    ordered = sorted(loadable(policy), key=lambda chain: chain.kind)  # filter, then nat
     parts = ["#!/bin/sh\n", heading(policy), _HEAD]
     for version, command in ((6, '"$ipv6"'), (4, '"$ipv4"')):
         for kind in ("filter", "nat"):
@@ -57,6 +57,12 @@ def script(policy: HostPolicy) -> str:
                 for chain in mine
             ]
     return "".join(parts)
+
+
+def loadable(policy: HostPolicy) -> tuple[Chain, ...]:
+    """REJECT does not stand before routing: there, packets that are not to be forwarded end."""
+    every = chains(policy)
+    return tuple(one for one in every if (one.kind, one.hook) != ("filter", "prerouting"))
 
 
 def lines(chain: Chain, version: int) -> Iterator[tuple[str, str, str]]:
@@ -129,6 +135,9 @@ def _target(rule: Rule, version: int) -> str:
             return "REJECT --reject-with tcp-reset"
         case "refuse":
             return f"REJECT --reject-with {_REFUSED[version]}"
+        case port if rule.at:
+            at = f"[{rule.at}]" if version == 6 else rule.at
+            return f"DNAT --to-destination {at}:{port}"
         case port:
             return f"REDIRECT --to-ports {port}"
 

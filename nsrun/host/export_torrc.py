@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 from nsrun.host.policy import HostPolicy
+from nsrun.host.steps import AddListeners
 
 
 def heading(policy: HostPolicy, *, redirecting_to_loopback: bool = False) -> str:
     """Comment lines to stand above the rules, in any of their forms.
 
-    ``redirecting_to_loopback`` is how pf does it; on Linux what others send stays on its interface.
+    ``redirecting_to_loopback`` is how pf does it; Linux drops packets of others that go there.
     """
     hosts = []
     if policy.own != "none" or redirecting_to_loopback:
         hosts += ["127.0.0.1", "[::1]"] if policy.ipv6 else ["127.0.0.1"]
     if not redirecting_to_loopback:
-        hosts += [f"ADDRESS-OF-{name}" for name in policy.gateway_for]
+        hosts += [f"[{at}]" if ":" in at else at for at in policy.listeners]
     torrc = [
         f"VirtualAddrNetworkIPv4 {policy.automap4}",
         f"VirtualAddrNetworkIPv6 {_bracketed(policy.automap6)}",
@@ -28,6 +29,9 @@ def heading(policy: HostPolicy, *, redirecting_to_loopback: bool = False) -> str
     lines = ["torrc:", *(f"  {line}" for line in torrc)]
     if policy.own in ("all", "onion"):
         lines += ["/etc/resolv.conf:", "  nameserver 127.0.0.1"]
+    if policy.listeners and not redirecting_to_loopback:
+        add = AddListeners(policy.listeners).describe().splitlines()
+        lines += ["before Tor starts:", *(f"  {line}" for line in add)]
     return "".join(f"# {line}\n" for line in lines)
 
 

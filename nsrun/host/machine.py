@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 from collections.abc import Callable, Sequence
@@ -17,10 +18,12 @@ from nsrun.facts import search_path
 from nsrun.host import cover, doors, flows
 from nsrun.host.steps import (
     DOORS,
+    AddListeners,
     BarUsers,
     CloseHost,
     CoverFile,
     CutHost,
+    DropListeners,
     FreeResolved,
     FreeUsers,
     HostStep,
@@ -65,6 +68,12 @@ class HostMachine:
                 if listed():  # else nothing was redirected, or not by us
                     load(closed)
                     flows.cut(policy)
+            case AddListeners():
+                ip("-batch", "-", text="\n".join(step.commands))
+            case DropListeners(addresses):
+                there = loopback()
+                for address in there.intersection(addresses):
+                    ip("address", "del", address, "dev", "lo")
             case OwnDirectory(path, mode, uid, gid):
                 Path(path).mkdir(exist_ok=True)
                 os.chown(path, uid, gid)
@@ -139,19 +148,32 @@ def listed() -> str:
     return nft(("--stateless", "list", "table", *TABLE.split()))
 
 
+def loopback() -> frozenset[str]:
+    """Addresses of loopback. Raises NsrunError."""
+    (link,) = json.loads(ip("-json", "address", "show", "dev", "lo"))
+    return frozenset(one["local"] for one in link["addr_info"])
+
+
+def ip(*arguments: str, text: str = "") -> str:
+    """What ip(8) printed. Raises NsrunError."""
+    return _output("change addresses of the host", "iproute2", ("ip", *arguments), text)
+
+
 def nft(arguments: Sequence[str], text: str = "") -> str:
     """What nft(8) printed. Raises NsrunError."""
+    return _output("load the rules of the host", "nftables", ("nft", *arguments), text)
+
+
+def _output(doing: str, package: str, command: Sequence[str], text: str) -> str:
     environment = {**os.environ, "PATH": search_path(), "LC_ALL": "C"}
-    command = ("nft", *arguments)
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
     except FileNotFoundError as error:
-        raise MissingError("load rules", "nft is not installed", "apt-get install nftables") from (
-            error
-        )
+        cause, hint = f"{command[0]} is not installed", f"apt-get install {package}"
+        raise MissingError(doing, cause, hint) from error
     if done.returncode:
         said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
-        raise NsrunError("load the rules of the host", said, f"the step was: {' '.join(command)}")
+        raise NsrunError(doing, said, f"the step was: {' '.join(command)}")
     return done.stdout
 
 

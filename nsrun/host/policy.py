@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, ip_address, ip_network
 from typing import Literal
 
-from nsrun.address import AUTOMAP6
+from nsrun.address import AUTOMAP6, LISTENER6
 from nsrun.errors import NsrunError, UsageError
 
 TRANS_PORT, DNS_PORT = 9041, 9054
@@ -70,7 +70,7 @@ class HostPolicy:
     ``services``        TCP ports of services: connections to them that are older than the rules
                         go on, where the kernel did not follow connections before
     ``gateway_for``     interfaces, ``*`` at the end for any rest of a name: what arrives there to
-                        be forwarded goes through Tor, which must listen on their addresses
+                        be forwarded goes through Tor, which must listen on ``listeners``
 
     What arrives elsewhere to be forwarded is refused, but between hosts of the LAN if ``lan``.
     """
@@ -93,6 +93,19 @@ class HostPolicy:
     services: tuple[int, ...] = (22,)
     gateway_for: tuple[str, ...] = ()
     table: str = "ttp"
+
+    @property
+    def listeners(self) -> tuple[str, ...]:
+        """Addresses of this machine, on loopback, where Tor takes what others send.
+
+        Not those of ``gateway_for``, which come and go, and of IPv6 are several: an answer from
+        another one than was asked is none. By IPv4 it is the first of ``automap4``, which no
+        network of the host has, and Tor gives to no name: none ends with 0 or 255 (addressmap.c).
+        """
+        if not self.gateway_for:
+            return ()
+        four = str(IPv4Network(self.automap4)[0])
+        return (four, str(LISTENER6)) if self.ipv6 else (four,)
 
     def __post_init__(self) -> None:
         doing = "make rules for the host"

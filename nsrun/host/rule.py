@@ -20,13 +20,13 @@ Verdict = Literal["accept", "return", "drop", "reset", "refuse"]
 class Rule:
     """``do`` it to what fits everything that is given; within one tuple, any. Empty fits all.
 
-    ``do`` is a verdict, or the number of the port to redirect to, on loopback for packets of this
-    machine's own, else at the address of the interface they came by. Families: both, if
-    no address decides.
+    ``do`` is a verdict, or the number of the port to redirect to: at the address ``at`` of this
+    machine, or at loopback's for packets of its own. Families: both, if no address decides.
     """
 
     why: str
     do: Verdict | int
+    at: str = ""
     iif: tuple[str, ...] = ()
     not_iif: str = ""
     oif: tuple[str, ...] = ()
@@ -38,6 +38,7 @@ class Rule:
     source: tuple[str, ...] = ()
     to: tuple[str, ...] = ()
     to_this_machine: bool = False
+    to_others: bool = False  # to be forwarded, if this machine does that: not by broadcast
     protocol: Literal["", "tcp", "udp", "icmpv6"] = ""
     icmpv6: tuple[int, ...] = ()  # types, from a neighbour only: with a hop limit of 255 or 1
     sport: tuple[int, ...] = ()
@@ -54,7 +55,7 @@ class Rule:
         """The only version of IP that it can fit, if there is one."""
         if self.ipv6_only or self.protocol == "icmpv6":
             return 6
-        networks = self.to or self.source
+        networks = self.to or self.source or ((self.at,) if self.at else ())
         if not networks:
             return None
         return 6 if ":" in networks[0] else 4
@@ -91,14 +92,37 @@ def nft(chains: Iterable[Chain], table: str) -> str:
 
 
 def _words(rule: Rule) -> Iterator[str]:
+    yield from _interfaces(rule)
+    yield from _owner(rule)
+    yield from _addresses(rule)
+    yield from _transport(rule)
+    yield from _connection(rule)
+    match rule.do:
+        case "reset":
+            yield "reject with tcp reset"
+        case "refuse":
+            yield "reject with icmpx admin-prohibited"
+        case int(port) if rule.at:
+            at, ip = (f"[{rule.at}]", "ip6") if rule.version == 6 else (rule.at, "ip")
+            yield f"dnat {ip} to {at}:{port}"
+        case int(port):
+            yield f"redirect to :{port}"
+        case verdict:
+            yield verdict
+
+
+def _interfaces(rule: Rule) -> Iterator[str]:
     if rule.iif:
         yield f"iifname {_any(_quoted(rule.iif))}"
     if rule.not_iif:
         yield f'iifname != "{rule.not_iif}"'
     if rule.oif:
         yield f"oifname {_any(_quoted(rule.oif))}"
-    if rule.ipv6_only:
-        yield "meta nfproto ipv6"
+    if rule.ipv6_only or (rule.at and not (rule.to or rule.source)):
+        yield f"meta nfproto ipv{rule.version}"
+
+
+def _owner(rule: Rule) -> Iterator[str]:
     if rule.users:
         yield f"meta skuid {_any(rule.users)}"
     if rule.groups:
@@ -107,6 +131,9 @@ def _words(rule: Rule) -> Iterator[str]:
         yield f'socket cgroupv2 level 1 "{rule.cgroup}"'
     if rule.owned:
         yield "meta skuid 0-4294967294"  # without a user, no match on it fits
+
+
+def _addresses(rule: Rule) -> Iterator[str]:
     ip = "ip6" if rule.version == 6 else "ip"
     if rule.source:
         yield f"{ip} saddr {_any(rule.source)}"
@@ -114,17 +141,8 @@ def _words(rule: Rule) -> Iterator[str]:
         yield f"{ip} daddr {_any(rule.to)}"
     if rule.to_this_machine:
         yield "fib daddr type local"
-    yield from _transport(rule)
-    yield from _connection(rule)
-    match rule.do:
-        case "reset":
-            yield "reject with tcp reset"
-        case "refuse":
-            yield "reject with icmpx admin-prohibited"
-        case int(port):
-            yield f"redirect to :{port}"
-        case verdict:
-            yield verdict
+    if rule.to_others:
+        yield "fib daddr type != { local, broadcast, multicast, anycast }"
 
 
 def _transport(rule: Rule) -> Iterator[str]:

@@ -42,8 +42,10 @@ def render_lockdown(policy: HostPolicy) -> str:
     """
     locked = (
         replace(one, rules=tuple(rule for rule in one.rules if not rule.translated))
-        for one in chains(policy)
         if one.kind != "nat"
+        else replace(one, rules=())  # so that a reset still reaches who in the LAN has a connection
+        for one in chains(policy)
+        if one.kind != "nat" or one.hook == "prerouting"
     )
     return nft(locked, policy.table)
 
@@ -78,7 +80,10 @@ def chains(policy: HostPolicy) -> tuple[Chain, ...]:
     default: Literal["accept", "drop"] = "drop" if own == "all" else "accept"
     found = []
     if policy.gateway_for:
-        found.append(Chain("prerouting", "nat", "prerouting", tuple(_arriving(policy))))
+        found += [
+            Chain("prerouting", "nat", "prerouting", tuple(_arriving(policy))),
+            Chain("filter_arriving", "filter", "prerouting", tuple(_not_forwarded(policy))),
+        ]
     if own != "none":
         found += [
             Chain("output", "nat", "output", tuple(redirects[own](policy))),
@@ -318,13 +323,29 @@ def _ipv6_refused(policy: HostPolicy) -> Iterator[Rule]:
 def _arriving(policy: HostPolicy) -> Iterator[Rule]:
     """DNS even if this machine itself was asked: it is the resolver of its LAN."""
     mine = policy.gateway_for
-    if not policy.ipv6:
-        yield Rule("P3 IPv6 is refused below", "return", ipv6_only=True)
-    yield Rule(
-        "P2 DNS of the LAN goes to Tor", policy.dns_port, iif=mine, protocol="udp", dport=_DNS
-    )
-    yield Rule("P5 connections to this machine", "return", to_this_machine=True)
-    yield from (replace(rule, iif=mine) for rule in _to_tor(policy))
+    dns = Rule("P2 DNS of the LAN goes to Tor", policy.dns_port, protocol="udp", dport=_DNS)
+    here = Rule("P5 connections to this machine", "return", to_this_machine=True)
+    for rule in (dns, here, *_to_tor(policy)):
+        yield from _at_listeners(policy, replace(rule, iif=mine))
+
+
+def _at_listeners(policy: HostPolicy, rule: Rule) -> Iterator[Rule]:
+    """What is redirected, once for each version of IP; the rest as it is."""
+    if not isinstance(rule.do, int):
+        yield rule
+        return
+    for at in policy.listeners:
+        version = 6 if ":" in at else 4
+        if rule.version in (None, version):
+            why = rule.why if rule.version else f"{rule.why}, ipv{version}"
+            yield replace(rule, why=why, at=at)
+
+
+def _not_forwarded(policy: HostPolicy) -> Iterator[Rule]:
+    """Refused before routing: a machine that forwards nothing would drop it, and say nothing; one
+    that does would lead who is on one link with its own router to that (ICMP redirect)."""
+    rules = (*_from_lan_to_lan(policy), *_refuse_all())
+    yield from (replace(rule, iif=policy.gateway_for, to_others=True) for rule in rules)
 
 
 def _to_the_lan(policy: HostPolicy) -> Iterator[Rule]:
@@ -360,13 +381,16 @@ def _forwarded(policy: HostPolicy) -> Iterator[Rule]:
     rules = [*_other_resolvers(), *_stray_onion(policy)]
     if not policy.ipv6:  # in silence, as no answer by IPv6 would leave either
         rules.append(Rule("P3 IPv6 is not forwarded", "drop", ipv6_only=True))
+    rules += [*_from_lan_to_lan(policy), *_refuse_all()]
+    mine = () if policy.own == "all" else policy.gateway_for
+    yield from (replace(rule, iif=mine) for rule in rules)
+
+
+def _from_lan_to_lan(policy: HostPolicy) -> Iterator[Rule]:
     if policy.lan:
         for version, networks in (("ipv4", LAN4), ("ipv6", LAN6)):
             why = f"P3 from LAN to LAN, directly, {version}"
-            rules.append(Rule(why, "accept", source=networks, to=networks))
-    rules += _refuse_all()
-    mine = () if policy.own == "all" else policy.gateway_for
-    yield from (replace(rule, iif=mine) for rule in rules)
+            yield Rule(why, "accept", source=networks, to=networks)
 
 
 def _incoming(policy: HostPolicy) -> Iterator[Rule]:

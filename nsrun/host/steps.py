@@ -76,6 +76,41 @@ class RemoveDirectory:
 
 
 @dataclass(frozen=True)
+class AddListeners:
+    """Addresses on loopback for Tor to listen at, for others: HostPolicy.listeners.
+
+    They are nobody's source address: by their scope, and by being deprecated (RFC 6724, 5).
+    """
+
+    addresses: tuple[str, ...]
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """For ``ip -batch``; again and again if need be."""
+        how = {4: "/32 dev lo scope host", 6: "/128 dev lo nodad preferred_lft 0"}
+        return tuple(
+            f"address replace {one}{how[6 if ':' in one else 4]}" for one in self.addresses
+        )
+
+    def describe(self) -> str:
+        return "\n".join(f"ip {command}" for command in self.commands)
+
+    def undo(self) -> HostStep | None:
+        return DropListeners(self.addresses)
+
+
+@dataclass(frozen=True)
+class DropListeners:
+    addresses: tuple[str, ...]
+
+    def describe(self) -> str:
+        return "\n".join(f"ip address del {one} dev lo" for one in self.addresses)
+
+    def undo(self) -> HostStep | None:
+        return None
+
+
+@dataclass(frozen=True)
 class StartUnit:
     """A volatile unit; done when it says that it is ready."""
 
@@ -251,6 +286,8 @@ HostStep = (
     | OpenHost
     | OwnDirectory
     | RemoveDirectory
+    | AddListeners
+    | DropListeners
     | MakeDirectory
     | WriteFile
     | RemoveFile

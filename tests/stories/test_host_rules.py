@@ -519,6 +519,61 @@ def test_a_middlebox_serves_its_lan_and_says_what_it_refuses(town: HostTown) -> 
             refused(partial(flow.recv, 100))
 
 
+@pytest.mark.promise("P1", "P2", "P3")
+def test_a_middlebox_need_not_forward(nft_town: HostTown) -> None:
+    """What is refused is refused at once all the same; names are answered at link-local, too."""
+    town = nft_town
+    for switch in ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"):
+        town.root.run("sysctl", "-qw", f"{switch}=0")
+    town.load(replace(MIDDLEBOX, own="all"))
+    (link,) = json.loads(town.guest.run("ip", "-j", "link", "show", "eth0"))
+    with town.world_hears() as frames:
+        for site in (SITE4, SITE6, ONION4, ONION6):
+            assert b"stand-in" in tcp(town.guest, site)
+        for resolver in ("9.9.9.9", DOH6, TO_GUEST4):
+            assert b"example" in town.guest.ask(resolver, "example.test")
+        with town.guest.open(socket.AF_INET6, socket.SOCK_DGRAM) as query:
+            query.connect(("fe80::1", 53, 0, link["ifindex"]))
+            query.send(b"\0\7\1\0\0\1" + bytes(6) + b"\4test\0\0\1\0\1")
+            assert b"test" in query.recv(512)
+        for site in (SITE4, SITE6):
+            with town.guest.send(site, 443, TOKEN) as flow:
+                refused(partial(flow.recv, 100))
+        for host, port in ((SITE4, 853), (DOH4, 443), (DOH6, 443)):
+            refused(partial(tcp, town.guest, host, port))
+    assert not frames
+
+
+@pytest.mark.promise("P1", "P3")
+def test_a_middlebox_ends_what_was_forwarded_before(town: HostTown) -> None:
+    """It does not go on in clear, and the LAN's host is told by a reset."""
+    flows = [town.guest.connect(site, 80) for site in (SITE4, SITE6)]
+    town.load(MIDDLEBOX)
+    with town.world_hears() as frames:
+        for flow in flows:
+            refused(partial(send_until_reset, flow))
+    assert not frames
+    for flow in flows:
+        flow.close()
+
+
+@pytest.mark.promise("P4")
+def test_lockdown_lets_tor_reset_who_came_from_the_lan(nft_town: HostTown) -> None:
+    """Its connections are still translated, so that the reset is one of the site's; no new ones."""
+    town = nft_town
+    town.load(MIDDLEBOX)
+    flow = town.guest.connect(SITE4, 443)
+    town.nft(rules.render_lockdown(MIDDLEBOX))
+    with town.world_hears() as frames:
+        assert b"stand-in" in flow.recv(100)
+        refused(partial(send_until_reset, flow))
+        for site in (SITE4, SITE6, ONION4):
+            refused(partial(tcp, town.guest, site))
+        refused(partial(town.guest.ask, "9.9.9.9", "example.test"))
+    assert not frames
+    flow.close()
+
+
 @pytest.mark.promise("P3")
 def test_a_middlebox_without_ipv6_is_no_router_of_it(nft_town: HostTown) -> None:
     """It is not found; and who knows where it is, reaches neither Tor nor others of the LAN."""

@@ -64,5 +64,6 @@ def test_above_the_rules_stands_what_they_count_on(capsys: pytest.CaptureFixture
     """As comments, which no filter reads."""
     app(["rules", "--tor-uid", "107", "--gateway-for", "eth1"], standalone_mode=False)
     text = capsys.readouterr().out
-    for line in ("TransPort [::1]:9041", "DNSPort ADDRESS-OF-eth1:9054", "nameserver 127.0.0.1"):
+    for line in ("TransPort [::1]:9041", "DNSPort 10.192.0.0:9054", "nameserver 127.0.0.1"):
         assert f"#   {line}\n" in text
+    assert "ip address replace 10.192.0.0/32 dev lo" in text
