@@ -87,7 +87,8 @@ class HostTor:
     """What the Tor of a whole host needs to know. Paths are absolute; automap ranges as in tor(1).
 
     ``ipv6`` says that loopback has it, ``reaches_ipv6`` that relays may be asked by it. ``socks``
-    is a socket for who owns its directory, or empty.
+    is a socket for who owns its directory, or empty. ``others`` are addresses to listen at for
+    other machines.
     """
 
     data: str
@@ -100,12 +101,14 @@ class HostTor:
     ipv6: bool
     reaches_ipv6: bool
     socks: str = ""
+    others: tuple[str, ...] = ()
     fragments: tuple[str, ...] = ()
 
 
 def render_host(config: HostTor) -> str:
     """The torrc of a whole host: listeners on loopback only, and no proxy that others could ask."""
-    hosts = ("127.0.0.1", "[::1]") if config.ipv6 else ("127.0.0.1",)
+    at = ("127.0.0.1", *(("::1",) if config.ipv6 else ()), *config.others)
+    hosts = tuple(f"[{one}]" if ":" in one else one for one in at)
     network, _, length = config.automap6.partition("/")
     lines = [
         f"DataDirectory {_quoted(config.data)}",

@@ -16,6 +16,7 @@ from nsrun.leak.pcap import Capture
 from nsrun.leak.verdict import Rule, Value, as_text, judge
 
 OWN = (topology.HOST, topology.HOST6)
+Idle = tuple[subprocess.Popen[str], IO[str]]
 START = ("ttp", "start", "--torrc", "/etc/ttp/lab.torrc")
 PYTHON = "/usr/local/lib/ttp/bin/python"
 CUT = "Software caused connection abort\n"  # ECONNABORTED: what a destroyed socket says
@@ -151,12 +152,11 @@ def state_of(machine: Machine) -> str:
 
 
 @contextmanager
-def idle(
-    machine: Machine, target: str, user: str = "alice"
-) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+def idle(machine: Machine, target: str, *prefix: str, user: str = "alice") -> Iterator[Idle]:
     """A connection to the web, that says nothing until a line is written to it."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with machine.start("python3", "-c", IDLE, target, user=user, **pipes) as process:
+    command = (*prefix, "python3", "-c", IDLE, target)
+    with machine.start(*command, user=user, **pipes) as process:
         assert process.stdout is not None
         try:
             assert process.stdout.readline() == "open\n"

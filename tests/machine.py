@@ -162,7 +162,7 @@ systemctl list-units --no-legend --plain --full --state=active,failed \\
     --type=service,socket,timer,mount |
     awk '{print $1, $3}' | grep -v -e ^user -e ^systemd-tmpfiles -e ^run-credentials \\
         -e ^netavark-dhcp-proxy
-find /etc /usr/lib/systemd /run/systemd/system* /run/systemd/generator* /run/systemd/transient \\
+find /etc /usr/lib/systemd /run/systemd/system* /run/systemd/generator* /run/systemd/transient/* \\
     /run/ttp /run/tor /usr/local -xdev -printf '%p %M %u %l\\n' 2>/dev/null | sort
 find /etc -xdev -type f -exec sha256sum {} + | sort -k 2
 """

@@ -69,6 +69,17 @@ OnlyUser = Annotated[
         show_default=False,
     ),
 ]
+GatewayFor = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gateway-for",
+        metavar="INTERFACE",
+        help="Catch what arrives there to be forwarded, too; * at the end: any that begins so.",
+    ),
+]
+GatewayOnly = Annotated[
+    bool, typer.Option("--gateway-only", help="Leave what this machine itself sends alone.")
+]
 TransportPort = Annotated[
     int, typer.Option("--transport-port", "-t", help="Where Tor takes connections.")
 ]
@@ -153,6 +164,8 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
         bypass_user: BypassUser = "",
         bypass_group: BypassGroup = "",
         only_user: OnlyUser = "",
+        gateway_for: GatewayFor = None,
+        gateway_only: GatewayOnly = False,
         transport_port: TransportPort = session.TRANS_PORT,
         dns_port: DnsPort = session.DNS_PORT,
         use_bridges: UseBridges = False,
@@ -175,6 +188,8 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
             bypass_users=_names(bypass_user),
             bypass_groups=_names(bypass_group),
             only_users=_names(only_user),
+            gateway_for=tuple(gateway_for or ()),
+            gateway_only=gateway_only,
             trans_port=transport_port,
             dns_port=dns_port,
             bridges=bridges.check(lines),
@@ -343,7 +358,12 @@ def ears(verbose: bool) -> Ears:
 
 
 def _caught(spec: HostSpec) -> str:
-    return " ".join(spec.only_users) or "all"
+    own = " ".join(spec.only_users) or ("" if spec.gateway_only else "all")
+    return ", and ".join(filter(None, (own, _served(spec))))
+
+
+def _served(spec: HostSpec) -> str:
+    return f"behind {' '.join(spec.gateway_for)}" if spec.gateway_for else ""
 
 
 def _exempt(spec: HostSpec) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from nsrun import paths
 from nsrun.errors import NsrunError, UsageError, VerifyError
 from nsrun.host import external, facts, log, machine, oracle, session, tor
-from nsrun.host.plan import policy, start_steps, tor_text
+from nsrun.host.plan import has_bypass, policy, start_steps, tor_text
 from nsrun.host.rules import render_closed
 from nsrun.host.session import HostSpec, Session
 from nsrun.host.steps import CloseHost, CutHost, FreeUsers, HostStep, OpenHost, TorifyHost
@@ -108,6 +108,8 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
         if before is not None:
             _take_back(before, told, stay_closed=True)
         facts.check_ports(spec)
+        for name in facts.absent_interfaces(spec.gateway_for):
+            told.words(f"{name} is not there yet: what arrives there is caught once it is")
         helpers = facts.helpers(spec.bridges)
         found = facts.probe(spec)
         facts.check_resolvers(spec, found)
@@ -223,7 +225,10 @@ def verified_rules(doing: str) -> Session:
 def need_bypass() -> None:
     """Raises UsageError unless a command can be let past Tor now, by us."""
     need_root("bypass")
-    if not _need_session("bypass").facts.cgroups:
+    found = _need_session("bypass")
+    if found.spec.own == "none":
+        raise UsageError("bypass Tor", "what this machine itself sends is left alone anyway")
+    if not has_bypass(found):
         raise UsageError(
             "bypass Tor",
             "this machine has control groups of version 1",

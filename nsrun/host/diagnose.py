@@ -49,6 +49,7 @@ def _sections() -> Iterator[tuple[str, str]]:
         "mounts",
         _said("findmnt", "--raw", "--noheadings", "--output", "TARGET,SOURCE", "-t", "tmpfs"),
     )
+    yield "addresses of loopback", _said("ip", "-brief", "address", "show", "dev", "lo")
     yield "systemd-resolved", _said("resolvectl", "--no-pager", "dns")
 
 

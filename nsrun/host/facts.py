@@ -209,6 +209,18 @@ def _interface(wanted: str) -> str:
     return ""
 
 
+def absent_interfaces(names: Iterable[str]) -> list[str]:
+    """Those of ``names``, in which * stands for any rest of one, that no interface has."""
+    there = [name for _, name in socket.if_nameindex()]
+    return [
+        name
+        for name in names
+        if not any(
+            one.startswith(name[:-1]) if name.endswith("*") else one == name for one in there
+        )
+    ]
+
+
 def _has_ipv6() -> bool:
     """Whether loopback has it, for Tor to listen there."""
     with suppress(OSError):

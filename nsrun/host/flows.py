@@ -44,10 +44,11 @@ class Flow:
     translated: bool
     key: bytes
 
-    def leads_to(self, ports: Collection[int]) -> bool:
-        """Whether it was redirected to a listener of this host, on one of ``ports``."""
+    def leads_to(self, policy: HostPolicy) -> bool:
+        """Whether it was redirected to a listener of Tor's, on this host."""
         where, port, _, _ = self.answered
-        return self.translated and port in ports and _is_local(where)
+        ours = self.translated and port in (policy.trans_port, policy.dns_port)
+        return ours and (where in _listeners(policy) or _is_local(where))
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ def cut(policy: HostPolicy) -> None:
     """End what was redirected to Tor. Nothing new may be redirected any more.
 
     A socket that conntrack has forgotten may have been: it goes too, unless it is on loopback,
-    Tor's own, of nobody who was caught, or of somebody who connected to us. Raises NsrunError;
-    nothing may be opened then.
+    Tor's own, of nobody who was caught, or of somebody who connected to us. Of other machines'
+    connections Tor's sockets go: conntrack still translates the reset that the kernel then sends.
+    Raises NsrunError; nothing may be opened then.
     """
-    ports = (policy.trans_port, policy.dns_port)
     try:
         with (
             netlink.connect(NETLINK_SOCK_DIAG) as diag,
@@ -81,7 +82,7 @@ def cut(policy: HostPolicy) -> None:
             for one in doomed(known, sockets(diag), policy):
                 _end(diag, SOCK_DESTROY, one.key)
             for flow in known:
-                if flow.leads_to(ports):
+                if flow.leads_to(policy):
                     _end(conntrack, CT_DELETE, flow.key)
     except OSError as error:
         hint = "the host stays closed; `ttp stop` tries again"
@@ -90,13 +91,17 @@ def cut(policy: HostPolicy) -> None:
 
 def doomed(known: Collection[Flow], found: Collection[Tcp], policy: HostPolicy) -> Iterator[Tcp]:
     """Those of the sockets ``found`` that were redirected, or may have been."""
-    ports = (policy.trans_port, policy.dns_port)
-    redirected = {flow.sent for flow in known if flow.leads_to(ports)}
+    redirected = {flow.sent for flow in known if flow.leads_to(policy)}
     clear = {ends for flow in known for ends in (flow.sent, flow.answered)} - redirected
     served = {one.ends[1] for one in found if one.state == LISTEN}
     for one in found:
-        _, port, target, _ = one.ends
-        if one.state in (LISTEN, *ENDED) or one.uid == policy.tor_uid or target.is_loopback:
+        where, port, target, _ = one.ends
+        if one.state in (LISTEN, *ENDED) or target.is_loopback:
+            continue
+        if where in _listeners(policy):
+            yield one
+            continue
+        if one.uid == policy.tor_uid:
             continue
         forgotten = one.ends not in clear and port not in served
         if one.ends in redirected or (forgotten and _is_caught(one, policy)):
@@ -105,7 +110,13 @@ def doomed(known: Collection[Flow], found: Collection[Tcp], policy: HostPolicy) 
 
 def _is_caught(one: Tcp, policy: HostPolicy) -> bool:
     """Whether the rules would have redirected it. What is closed, but not yet sent, has no user."""
-    return policy.own == "all" or one.uid in policy.users or not one.inode
+    if policy.own == "users":
+        return one.uid in policy.users or not one.inode
+    return policy.own != "none"
+
+
+def _listeners(policy: HostPolicy) -> frozenset[Address]:
+    return frozenset(map(ipaddress.ip_address, policy.listeners))
 
 
 def sockets(diag: socket.socket) -> list[Tcp]:

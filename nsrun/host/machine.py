@@ -68,12 +68,8 @@ class HostMachine:
                 if listed():  # else nothing was redirected, or not by us
                     load(closed)
                     flows.cut(policy)
-            case AddListeners():
-                ip("-batch", "-", text="\n".join(step.commands))
-            case DropListeners(addresses):
-                there = loopback()
-                for address in there.intersection(addresses):
-                    ip("address", "del", address, "dev", "lo")
+            case AddListeners() | DropListeners():
+                _set_listeners(step)
             case OwnDirectory(path, mode, uid, gid):
                 Path(path).mkdir(exist_ok=True)
                 os.chown(path, uid, gid)
@@ -98,10 +94,8 @@ class HostMachine:
                 restart(RESOLVED_UNIT)
             case FreeResolved(path):
                 _free_resolved(path)
-            case BarUsers(users):
-                doors.bar(DOORS, users)
-            case FreeUsers(users):
-                doors.free(DOORS, users)
+            case BarUsers(users) | FreeUsers(users):
+                (doors.bar if isinstance(step, BarUsers) else doors.free)(DOORS, users)
             case _:
                 self._common.do(step)
 
@@ -146,6 +140,14 @@ def listed() -> str:
     if TABLE not in nft(("list", "tables")):
         return ""
     return nft(("--stateless", "list", "table", *TABLE.split()))
+
+
+def _set_listeners(step: AddListeners | DropListeners) -> None:
+    if isinstance(step, AddListeners):
+        ip("-batch", "-", text="\n".join(step.commands))
+        return
+    for address in loopback().intersection(step.addresses):
+        ip("address", "del", address, "dev", "lo")
 
 
 def loopback() -> frozenset[str]:

@@ -117,9 +117,10 @@ class ByTor(HTTPSConnection):
             raise OSError("Tor's socket speaks another protocol")
         request = struct.pack("!4BB", 5, 1, 0, 3, len(name)) + name  # connect to a name
         self._proxy.sendall(request + struct.pack("!H", self.port))
-        code = self._read(10)[1]  # of Tor's answers all have an IPv4 address
+        _, code, _, kind = self._read(4)
         if code:
             raise OSError(f"Tor did not connect, and answered {code}")
+        self._read({1: 4, 4: 16}[kind] + 2)  # an address, which is nobody's, and a port
         self.sock = self._tls.wrap_socket(self._proxy, server_hostname=self.host)
 
     def _read(self, count: int) -> bytes:

@@ -15,6 +15,7 @@ from nsrun.host.policy import HostPolicy
 from nsrun.host.rules import render, render_closed, render_lockdown
 from nsrun.host.session import Session
 from nsrun.host.steps import (
+    AddListeners,
     BarUsers,
     CloseHost,
     CoverFile,
@@ -45,18 +46,24 @@ def policy(made: Session) -> HostPolicy:
         services=facts.services,
         bypass_users=facts.bypass_uids,
         bypass_groups=facts.bypass_gids,
+        gateway_for=spec.gateway_for,
     )
 
 
 def full_rules(made: Session) -> str:
     """The table of a session that is up."""
-    exempt = session.BYPASS if made.facts.cgroups else ""
+    exempt = session.BYPASS if has_bypass(made) else ""
     return render(replace(policy(made), bypass_cgroup=exempt))
 
 
 def locked_rules(made: Session) -> str:
     """The table of a session whose rules somebody has changed: who was caught has no network."""
     return render_closed() if made.spec.own == "all" else render_lockdown(policy(made))
+
+
+def has_bypass(made: Session) -> bool:
+    """Whether single commands can be let past Tor."""
+    return made.facts.cgroups and made.spec.own != "none"
 
 
 def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ...]:
@@ -69,7 +76,7 @@ def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ..
         *(
             # before the rules that name it
             (StartUnit(f"{session.UNITS}/{session.BYPASS}", units.bypass()),)
-            if facts.cgroups
+            if has_bypass(made)
             else ()
         ),
         *(() if spec.external else _own_tor(made, helpers)),
@@ -110,9 +117,10 @@ def cover(manager: bool) -> CoverFile:
 
 
 def _own_tor(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ...]:
-    facts = made.facts
+    facts, listeners = made.facts, policy(made).listeners
     owner = facts.tor_uid, facts.tor_gid
     return (
+        *((AddListeners(listeners),) if listeners else ()),
         *(
             OwnDirectory(path, 0o700 if path == session.TOR_RUNTIME else 0o755, *owner)
             for path in facts.made
@@ -145,6 +153,7 @@ def tor_config(made: Session, helpers: Mapping[str, str]) -> torrc.HostTor:
         automap6=rules.automap6,
         ipv6=rules.ipv6,
         reaches_ipv6=facts.reaches_ipv6,
+        others=rules.listeners,
         socks=session.SOCKS if rules.own in ("onion", "none") else "",  # for nsrun.host.oracle
         fragments=(*fragments, spec.torrc),
     )

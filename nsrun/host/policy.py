@@ -125,14 +125,19 @@ class HostPolicy:
         if self.tor_uid in (*self.bypass_users, *self.users):
             raise UsageError(doing, f"Tor runs as uid {self.tor_uid}, which is not a user of it")
         for name in self.gateway_for:
-            if not _INTERFACE.fullmatch(name):
-                raise UsageError(doing, f"{name!r} is no name of an interface")
-            if name == "lo" or (name.endswith("*") and "lo".startswith(name[:-1])):
-                raise UsageError(doing, f"{name!r} is loopback, too, where nobody else is")
+            check_interface(doing, name)
         for resolver in self.tor_resolvers:
             ip_address(resolver)  # it becomes a word of a rule
         if self.bypass_cgroup and not _CGROUP.fullmatch(self.bypass_cgroup):
             raise UsageError(doing, f"{self.bypass_cgroup!r} is no name of a control group")
+
+
+def check_interface(doing: str, name: str) -> None:
+    """Raises UsageError unless it names one that others can be behind, or with ``*`` several."""
+    if not _INTERFACE.fullmatch(name):
+        raise UsageError(doing, f"{name!r} is no name of an interface")
+    if name == "lo" or (name.endswith("*") and "lo".startswith(name[:-1])):
+        raise UsageError(doing, f"{name!r} is loopback, too, where nobody else is")
 
 
 def choose_automap(host_networks: Iterable[str]) -> str:

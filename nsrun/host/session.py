@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from nsrun.errors import UsageError
 from nsrun.host import bridges
-from nsrun.host.policy import Own
+from nsrun.host.policy import Own, check_interface
 from nsrun.spec import check_seconds
 
 RUNTIME = "/run/ttp"
@@ -45,7 +45,8 @@ class HostSpec:
     ``interval`` is the watchdog's, in seconds; ``external`` says that Tor is somebody else's, and
     ``tor_user`` whose.
 
-    ``only_users`` alone are caught; if there are none, everybody is.
+    ``only_users`` alone are caught; if there are none, everybody is. ``gateway_for`` are interfaces
+    for whose LANs this machine is the gateway, as in HostPolicy; with ``gateway_only`` that alone.
     ``bridges`` and ``torrc``, which may be secret, are no part of the record.
     """
 
@@ -66,11 +67,15 @@ class HostSpec:
     external: bool = False
     tor_user: str = ""
     only_users: tuple[str, ...] = ()
+    gateway_for: tuple[str, ...] = ()
+    gateway_only: bool = False
 
     @property
     def own(self) -> Own:
         """Which of this machine's own traffic is caught."""
-        return "users" if self.only_users else "all"
+        if self.only_users:
+            return "users"
+        return "none" if self.gateway_only else "all"
 
     def __post_init__(self) -> None:
         for option, given in (
@@ -80,6 +85,10 @@ class HostSpec:
             if self.only_users and given:
                 cause = f"with --only-user nobody else is caught, whom {option} could exempt"
                 raise UsageError("choose who is caught", cause, f"leave {option} out")
+        if self.gateway_only:
+            self._check_gateway_only()
+        for name in self.gateway_for:
+            check_interface("be a gateway", name)
         check_seconds("--bootstrap-timeout", self.bootstrap_timeout)
         if not 1 <= self.interval <= 3600:  # NaN neither
             cause = f"{self.interval:g} is not from 1 to 3600 seconds"
@@ -89,6 +98,9 @@ class HostSpec:
         if self.external and (self.bridges or self.torrc):
             cause = "--external-daemon says that this Tor has its own"
             raise UsageError("use bridges or a torrc", cause, "in that Tor's torrc")
+        if self.external and self.gateway_for:
+            cause = "it must listen where only one that is started by ttp does"
+            raise UsageError("be a gateway with a Tor that is somebody else's", cause)
         for option, port in (
             ("--transport-port", self.trans_port),
             ("--dns-port", self.dns_port),
@@ -102,6 +114,20 @@ class HostSpec:
         # linux/netdevice.h, dev_valid_name(): it becomes part of what is printed and kept
         if self.interface and not re.fullmatch(r"[^\s/:]{1,15}", self.interface):
             raise UsageError(f"use the interface {self.interface!r}", "that is no name of one")
+
+    def _check_gateway_only(self) -> None:
+        for option, given in (
+            ("--only-user", self.only_users),
+            ("--allow-root", self.allow_root),
+            ("--bypass-user", self.bypass_users),
+            ("--bypass-group", self.bypass_groups),
+        ):
+            if given:
+                cause = f"with --gateway-only nobody is, whom {option} could be about"
+                raise UsageError("choose who is caught", cause, f"leave {option} out")
+        if not self.gateway_for:
+            cause = "with --gateway-only it is who is behind an interface, and none is named"
+            raise UsageError("choose who is caught", cause, "--gateway-for INTERFACE")
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,8 @@ class CutHost:
     """Closed again; then what was redirected is ended, before it could go on in clear.
 
     That is every socket whose connection was led to a port of Tor's, long idle and half closed
-    ones as well, and these connections in conntrack's table, and nobody else's (P9).
+    ones as well, and these connections in conntrack's table, and nobody else's (P9). Of a LAN's it
+    is the socket of Tor's: who is at the other end is sent a reset.
     """
 
     closed: str

@@ -37,6 +37,7 @@ from nsrun.host import control, cover, external, machine, session
 from nsrun.host.plan import locked_rules
 from nsrun.host.session import Session
 from nsrun.host.steps import (
+    AddListeners,
     CloseHost,
     CoverFile,
     HostStep,
@@ -48,7 +49,8 @@ from nsrun.steps import WriteFile
 
 UNSEEN = 1.0  # seconds to the next look while there is no Tor whose end could be told
 PAUSE = 0.2  # seconds from one look to the next at least, however much is changed meanwhile
-NFNLGRP_NFTABLES, RTMGRP_LINK = 7, 1  # linux/netfilter/nfnetlink.h; rtnetlink(7)
+NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
+RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 1, 0x10, 0x100  # rtnetlink(7)
 # closed after writing, moved, made, deleted: inotify(7)
 CHANGES = 0x8 | 0x40 | 0x80 | 0x100 | 0x200
 TAMPERED, REPLACED = "the rules of the host were changed", "Tor no longer listens where it was"
@@ -64,7 +66,7 @@ class Watch:
         rules = netlink.connect(netlink.NETLINK_NETFILTER)
         rules.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
         links = netlink.connect(netlink.NETLINK_ROUTE)
-        links.bind((0, RTMGRP_LINK))
+        links.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
         self._sockets = (rules, links)
         self._mounts = Path("/proc/self/mountinfo").open()  # noqa: SIM115  for as long as we live
         libc = ctypes.CDLL(None, use_errno=True)
@@ -162,6 +164,8 @@ def _mend_step(step: HostStep) -> None:
             log.warning("%s has ended: it is started again", step.name)
             machine.restart(step.name, wait=False)
         case LeadResolved(path, text) if _text(path) != text:
+            host.do(step)
+        case AddListeners(addresses) if not machine.loopback().issuperset(addresses):
             host.do(step)
         case WriteFile(session.RESOLV_CONF, text) if _text(session.RESOLV_CONF) != text:
             host.do(step)

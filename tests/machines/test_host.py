@@ -259,7 +259,8 @@ def test_no_start_and_no_restart_opens_for_a_moment(host: Machine) -> None:
 def test_a_start_that_is_killed_at_any_step_is_closed_and_mended(host: Machine) -> None:
     """kill -9 before each: nothing goes out in clear from the first on; stop takes it back."""
     steps = 0
-    while is_killed(host, steps, *START[1:], "--watchdog"):
+    every = ("--watchdog", "--gateway-for", "later0")
+    while is_killed(host, steps, *START[1:], *every):
         assert is_closed(host) is (steps > 0), steps
         host.run("ttp", "stop", check=True)
         assert not is_closed(host)

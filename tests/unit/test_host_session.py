@@ -12,10 +12,20 @@ import pytest
 from nsrun.errors import MissingError, UsageError
 from nsrun.host import bridges, flows, session
 from nsrun.host.flows import Ends, Flow, Tcp
-from nsrun.host.plan import start_steps, tor_config
+from nsrun.host.plan import locked_rules, start_steps, tor_config
 from nsrun.host.policy import HostPolicy
 from nsrun.host.session import HostFacts, HostSpec, Session, State
-from nsrun.host.steps import CloseHost, CutHost, HostStep, OpenHost, StartUnit, TorifyHost
+from nsrun.host.steps import (
+    AddListeners,
+    CloseHost,
+    CoverFile,
+    CutHost,
+    HostStep,
+    LeadResolved,
+    OpenHost,
+    StartUnit,
+    TorifyHost,
+)
 from nsrun.host.watchdog import verdict
 from nsrun.torrc import render_host
 
@@ -41,6 +51,7 @@ ALICE = replace(
     barred=(1000,),
 )
 THEIRS = replace(FACTS, tor="", made=(), listeners=(1, 2), tor_pid=3)
+GATEWAY = replace(SESSION, spec=replace(SESSION.spec, gateway_for=("eth1",)))
 PRINT = "0123456789ABCDEF0123456789ABCDEF01234567"
 OBFS4 = f"obfs4 192.0.2.1:443 {PRINT} cert=abc iat-mode=0"
 
@@ -61,6 +72,12 @@ OBFS4 = f"obfs4 192.0.2.1:443 {PRINT} cert=abc iat-mode=0"
         {"interval": 3601.0},
         {"interval": float("nan")},
         {"only_users": ("alice",), "allow_root": True},
+        {"gateway_for": ('eth1" accept',)},
+        {"gateway_for": ("lo",)},
+        {"gateway_only": True},
+        {"gateway_for": ("eth1",), "external": True},
+        {"gateway_only": True, "gateway_for": ("eth1",), "allow_root": True},
+        {"gateway_only": True, "gateway_for": ("eth1",), "only_users": ("alice",)},
         {"only_users": ("alice",), "bypass_users": ("bob",)},
     ],
 )
@@ -255,8 +272,22 @@ def test_a_tor_of_somebody_elses_is_neither_made_nor_ended() -> None:
 @pytest.mark.parametrize("kind", get_args(HostStep), ids=lambda kind: kind.__name__)
 def test_every_kind_of_step_is_in_the_plan_or_takes_one_back(kind: type) -> None:
     """And so somebody is killed before it, in tests/machines."""
-    steps = (*start_steps(SESSION, {}), *start_steps(ALICE, {}))
+    steps = (step for made in (SESSION, ALICE, GATEWAY) for step in start_steps(made, {}))
     assert any(isinstance(one, kind) or isinstance(one.undo(), kind) for one in steps)
+
+
+@pytest.mark.promise("P2", "P4", "P9")
+def test_a_gateway_has_listeners_from_before_tor_to_after_it(golden: Any) -> None:
+    """Tor cannot listen before; alone, it leaves this machine's names to whom they were left."""
+    alone = replace(GATEWAY, spec=replace(GATEWAY.spec, gateway_only=True))
+    for made in (GATEWAY, alone):
+        kinds = [type(step) for step in start_steps(made, {})]
+        assert kinds.index(AddListeners) < kinds.index(TorifyHost) - 1
+        assert (CoverFile in kinds) is (made is GATEWAY)
+        assert (LeadResolved in kinds) is (made is GATEWAY)
+    golden("host-gateway.torrc", render_host(tor_config(alone, {})))
+    assert "chain filter_out" in locked_rules(GATEWAY)
+    assert "chain filter_out" not in locked_rules(alone)
 
 
 def test_the_torrc_listens_on_loopback_only(golden: Any) -> None:
@@ -317,6 +348,17 @@ def test_sockets_are_ended_that_were_redirected_or_may_have_been(found: Tcp, end
     served = Tcp((ipaddress.ip_address("0.0.0.0"), 80, SITE, 0), flows.LISTEN, 0, 7, b"")
     known = [REDIRECTED, OTHERS, CLIENT]
     assert list(flows.doomed(known, [served, found], RULES)) == [found] * ends
+
+
+@pytest.mark.promise("P4", "P9")
+def test_of_a_gateway_alone_only_sockets_of_others_are_ended() -> None:
+    """Tor's, at the other end of a LAN's; not one of this machine's own, forgotten or not."""
+    rules = HostPolicy(107, own="none", gateway_for=("eth1",))
+    at = ipaddress.ip_address(rules.listeners[0])
+    served = Tcp((at, 9041, SITE, 0), flows.LISTEN, 107, 1, b"")
+    of_the_lan = Tcp((at, 9041, ipaddress.ip_address("10.5.0.2"), 4000), 1, 107, 1, b"")
+    found = [served, of_the_lan, tcp(4001), tcp(4002), tcp(4003, uid=107)]
+    assert list(flows.doomed([OTHERS], found, rules)) == [of_the_lan]
 
 
 @pytest.mark.promise("P4", "P9")
