@@ -338,7 +338,7 @@ def on_host(lab: Lab, seed: int) -> Iterator[Scene]:
         for place, switch in switches.items():
             lab.do(*lab.inside_argv(place, "sysctl", "-qw", f"{switch}=0"))
         for address in (topology.HOST6, topology.HOST_LINK):
-            scene.host("ip", "address", "add", f"{address}/64", "dev", "eth0", "nodad")
+            scene.host("ip", "address", "replace", f"{address}/64", "dev", "eth0", "nodad")
         scene.host("ip", "route", "replace", "default", "via", topology.ROUTER6, "dev", "eth0")
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import nsrun
-from nsrun import linux, paths
+from nsrun import facts, linux, paths
 from nsrun.errors import NsrunError, UsageError
 from nsrun.lab.description import Description, Order
 from nsrun.lab.programs import LOGS, RUN, lock, wait_for
@@ -168,6 +168,7 @@ def enter(name: str, namespace: str, command: list[str]) -> NoReturn:
     os.environ.update(dict.fromkeys(CA_VARIABLES, lab.ca_bundle))
     # so that ttp finds its gateways, and what it keeps goes with the lab
     os.environ |= {"TTP_RUNTIME_DIR": runtime, "TTP_STATE_DIR": str(RUN / "state")}
+    os.environ["PATH"] = facts.search_path()  # root's, who we are there
     os.execvp(command[0], command)
 
 
@@ -243,8 +244,7 @@ def _messages(pipe: int, name: str) -> Iterator[dict[str, Any]]:
 def _environment() -> dict[str, str]:
     """A long-lived process keeps nothing of the shell that happened to start it."""
     package = Path(nsrun.__file__).parents[1]
-    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # of nft, dnsmasq
-    return {"PATH": path, "PYTHONPATH": str(package), "LANG": "C.UTF-8"}
+    return {"PATH": facts.search_path(), "PYTHONPATH": str(package), "LANG": "C.UTF-8"}
 
 
 def _end(pid: int) -> None:

@@ -37,7 +37,7 @@ def traces(lab: Lab) -> Traces:
     user = () if lab.who == "root" else ("--user", "--preserve-credentials")
     inside = ("nsenter", f"--target={found['tor']['pid']}", *user, "--net", "--")
     links = lab.do(*inside, "ip", "-oneline", "link").stdout
-    rules = lab.do(*inside, "nft", "list", "table", "inet", "ttp").stdout
+    rules = lab.do(*inside, "/usr/sbin/nft", "list", "table", "inet", "ttp").stdout
     assert "sources4" in rules
     return Traces(
         len(found["workloads"]),

@@ -118,7 +118,7 @@ def test_namespaces_of_its_own_open_no_door(lab: Lab, place: Path) -> None:
     script = (
         'set -e; touch /tmp/there; mount --bind "$1" /tmp/there; mkdir /tmp/root;'
         'mount --rbind / /tmp/root; "$2" "$3" knock /tmp/there;'
-        'chroot /tmp/root "$2" "$3" knock "$1" /tmp/there'
+        '/usr/sbin/chroot /tmp/root "$2" "$3" knock "$1" /tmp/there'
     )
     with decoys(lab, f"{place}/server") as listening:
         attack = ("unshare", "-Urm", "sh", "-c", script, "sh", f"{place}/server", PYTHON, ATTACKER)

@@ -49,3 +49,11 @@ def test_what_comes_late_for_a_host_that_has_gone_is_on_no_wire(lab: Lab, flood:
         router("ip", "link", "set", "p-host", "type", "bridge_slave", "flood", "off")
     expected = Value.LEAK if flood == "on" else Value.CONTAINED
     assert verdict.value is expected, as_text([verdict])
+
+
+def test_administration_programs_are_found_in_it(lab: Lab) -> None:
+    """A user has no sbin in PATH on Debian, and is root in the lab; leak tests run nft there."""
+    for place in ("host", "router"):
+        list_tables = lab.inside_argv(place, "nft", "list", "tables")
+        done = lab.do("env", "PATH=/usr/bin:/bin", *list_tables)
+        assert done.returncode == 0, done.stderr

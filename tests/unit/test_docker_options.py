@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lab_helpers import TTP
+from nsrun import paths
 from nsrun.containers import doors, pause
 from nsrun.containers.options import check_made, misplaced, parse
 from nsrun.errors import UsageError
@@ -139,7 +140,7 @@ def test_no_door_is_mounted(tmp_path: Path) -> None:
         listener.bind(str(tmp_path / "socket"))
     shut = ["/", "/run", "/var/run/docker.sock", "/proc/1", "/sys", "/dev/shm", "/run/../run"]
     shut += [str(tmp_path / name) for name in ("link", "link/x", "socket", "root/x")]
-    shut += ["/var/lib"]
+    shut += [str(Path(paths.state()).parent)]
     for path in shut:
         with pytest.raises(UsageError):
             doors.check([path], [str(tmp_path / "root")])

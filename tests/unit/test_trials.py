@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from harness import ROOT
+from harness import ROOT, SBIN
 from lab_helpers import TTP
 from users import lacking
 
@@ -22,7 +22,8 @@ NO_USERNS = "echo 0 >/proc/sys/user/max_user_namespaces"
 
 def without(program: str) -> str:
     """Shell commands that take a program of the system away: what is left cannot be executed."""
-    return f'for path in $(which -a {program}); do mount --bind /dev/null "$path"; done'
+    found = f"$(PATH=$PATH{SBIN} which -a {program})"
+    return f'for path in {found}; do mount --bind /dev/null "$path"; done'
 
 
 def ask(prefix: list[str], *words: str) -> subprocess.CompletedProcess[str]:
