@@ -49,7 +49,7 @@ class Dockerd:
         kept = {name: value for name, value in os.environ.items() if name[:7] != "DOCKER_"}
         return {**kept, "DOCKER_HOST": self.host, "PATH": os.environ["PATH"] + SBIN}
 
-    def do(self, *argv: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    def do(self, *argv: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command for which this is the daemon."""
         return subprocess.run(
             argv, capture_output=True, text=True, timeout=seconds, env=self.environment

@@ -38,7 +38,7 @@ ORACLE = "http://check.torproject.org/api/ip"
 GROUP, GUEST = 54300, 54330  # whom root's gateway is for, and one of them
 
 
-def eventually(condition: Callable[[], object], what: str, seconds: float = 10) -> None:
+def eventually(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"

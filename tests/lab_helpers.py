@@ -37,7 +37,7 @@ class Lab:
         self,
         *argv: str,
         cwd: Path | None = None,
-        seconds: float = 60,
+        seconds: float = 120,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as the lab's user."""
         return subprocess.run(

@@ -207,7 +207,7 @@ class Machine:
         *argv: str,
         user: str = "root",
         check: bool = False,
-        seconds: float = 60,
+        seconds: float = 120,
         text: str = "",
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in it to its end; ``text`` is its standard input."""
@@ -239,7 +239,7 @@ class Machine:
         """Everything that a command which was undone has left as it was, as text."""
         return self.run("sh", "-c", STATE).stdout
 
-    def changes(self, before: str, seconds: float = 5) -> str:
+    def changes(self, before: str, seconds: float = 15) -> str:
         """Differences from ``before``, as a diff; empty if there are none.
 
         The kernel and systemd take things apart in the background: they get ``seconds``.

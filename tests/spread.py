@@ -19,13 +19,7 @@ from xdist.workermanage import WorkerController
 
 LABS = ("tests/machines/", "tests/lab/", "tests/containers/")
 #: Of each directory, what takes longest.
-LONG = (
-    "test_kill.py",
-    "test_leaktest.py",
-    "test_interrupt.py",
-    "test_bad_input.py",
-    "test_host.py",
-)
+LONG = tuple(f"test_{one}.py" for one in ("kill", "interrupt", "leaktest", "example", "host"))
 USERS = re.compile(r"\[user[-\]]")  # the fixture lab is the first parameter
 SUITES = re.compile(r"[\[-](trixie|sid)[-\]]")  # of the fixture engine: a machine with Docker
 

@@ -272,7 +272,7 @@ def _original_destination(connection: socket.socket) -> tuple[str, int]:
     return str(ip_address(found[4:8])), int.from_bytes(found[2:4])
 
 
-def eventually(condition: Callable[[], object], what: str, seconds: float = 10) -> None:
+def eventually(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
     """Wait until ``condition()`` holds; fail with ``what`` was awaited."""
     deadline = time.monotonic() + seconds
     while not condition():
