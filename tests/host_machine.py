@@ -94,10 +94,19 @@ class ListenerReports:
         return False
 
 
-def contained(machine: Machine, capture: Capture, *more: Rule, expect_some: bool = True) -> None:
-    """Nothing but TCP to relays, and neighbours, and what ``more`` says."""
-    known = machine.lab.neighbours(*OWN, topology.RESOLVER, topology.LAN_WEB)
-    rules = [*machine.lab.rules(*OWN), known, ListenerReports(), *more]
+def contained(
+    machine: Machine,
+    capture: Capture,
+    *more: Rule,
+    moved: tuple[str, ...] = (),
+    expect_some: bool = True,
+) -> None:
+    """Nothing but TCP to relays, and neighbours, and what ``more`` says.
+
+    ``moved`` are addresses that the machine had as well.
+    """
+    known = machine.lab.neighbours(*OWN, *moved, topology.RESOLVER, topology.LAN_WEB)
+    rules = [*machine.lab.rules(*OWN, *moved), known, ListenerReports(), *more]
     verdict = judge("p-host", capture, rules, expect_some=expect_some)
     assert verdict.value is Value.CONTAINED, as_text([verdict])
 

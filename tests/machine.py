@@ -274,6 +274,27 @@ class Machine:
         eventually(lambda: not (self.directory / "again").exists(), "the machine to end", START)
         self.await_boot()
 
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """As when it is suspended: nothing of it runs, and its link is down; its kernel forgets
+        nothing. It wakes with the link as it was.
+        """
+        group = self._cgroup().parent.parent
+        frozen, state = group / "cgroup.freeze", group / "cgroup.events"
+        frozen.write_text("1")
+        try:
+            eventually(lambda: "frozen 1" in state.read_text(), "all of it to be frozen")
+            self._link("down")
+            yield
+        finally:
+            self._link("up")
+            frozen.write_text("0")
+
+    def _link(self, state: str) -> None:
+        """The other end of its wire."""
+        done = self.lab.do(*self.lab.inside_argv("host", "ip", "link", "set", "m0", state))
+        assert done.returncode == 0, done.stderr
+
     def await_boot(self) -> None:
         """Wait until it has booted, and every service is up."""
         eventually(self._is_up, f"the machine to boot: {self._log()}", START)

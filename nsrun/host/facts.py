@@ -199,6 +199,11 @@ def _interface(wanted: str) -> str:
         if wanted not in (name for _, name in socket.if_nameindex()):
             raise UsageError(DOING, f"there is no interface {wanted}", "ip link lists them")
         return wanted
+    return default_route()
+
+
+def default_route() -> str:
+    """The interface that leads to the internet; empty if there is none."""
     for family in ("-4", "-6"):
         command = ("ip", "-j", family, "route", "show", "default")
         environment = {**os.environ, "PATH": facts.search_path()}

@@ -4,7 +4,7 @@ When Tor is gone and its rules are too, a program that writes to a connection of
 in clear, to the site itself. So the sockets are destroyed first, by the kernel, whether anybody
 uses them or not; then the entries that lead to Tor's ports are deleted, and no others (P9).
 
-Sources: sock_diag(7), linux/inet_diag.h, linux/netfilter/nfnetlink_conntrack.h.
+Sources: sock_diag(7), rtnetlink(7), linux/inet_diag.h, linux/netfilter/nfnetlink_conntrack.h.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ TUPLE_IP, TUPLE_PROTO, NESTED = 1, 2, 0x8000
 IP4_SRC, IP4_DST, IP6_SRC, IP6_DST = 1, 2, 3, 4
 PROTO_NUM, PROTO_SRC, PROTO_DST = 1, 2, 3
 IPS_DST_NAT = 1 << 5
+GETADDR = 22  # rtnetlink(7)
 AGAIN = 5  # dumps, as the kernel's tables change under them
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -117,6 +118,38 @@ def _is_caught(one: Tcp, policy: HostPolicy) -> bool:
 
 def _listeners(policy: HostPolicy) -> frozenset[Address]:
     return frozenset(map(ipaddress.ip_address, policy.listeners))
+
+
+def give_up(uid: int) -> int:
+    """End a user's connections from addresses that this host has no longer; how many there were.
+
+    They are never answered, and nobody says so.
+    """
+    with (
+        netlink.connect(NETLINK_SOCK_DIAG) as diag,
+        netlink.connect(netlink.NETLINK_ROUTE) as routes,
+    ):
+        ours = addresses(routes)
+        lost = [
+            one
+            for one in sockets(diag)
+            if one.uid == uid and one.state not in (LISTEN, *ENDED)
+            if not one.ends[0].is_loopback and one.ends[0] not in ours
+        ]
+        for one in lost:
+            _end(diag, SOCK_DESTROY, one.key)
+    return len(lost)
+
+
+def addresses(routes: socket.socket) -> set[Address]:
+    """Every address that a link of this host has."""
+    every = struct.pack("=BBBBI", socket.AF_UNSPEC, 0, 0, 0, 0)
+    bodies = _dump(routes, GETADDR, every)
+    found = (dict(netlink.attributes(body[8:])) for body in bodies)
+    return {
+        ipaddress.ip_address(one.get(netlink.IFA_LOCAL) or one[netlink.IFA_ADDRESS])
+        for one in found
+    }
 
 
 def sockets(diag: socket.socket) -> list[Tcp]:

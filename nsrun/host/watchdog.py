@@ -1,12 +1,14 @@
 """``python3 -m nsrun.host.watchdog SECONDS``: see to it that a session stays as it was made.
 
-The kernel tells of every change to rules, links and mounts, and to the files that lead to the
-resolver; and every so many seconds all is looked at without being told. There are three kinds of
-trouble:
+The kernel tells of every change to rules, links, addresses, routes and mounts, and to the files
+that lead to the resolver; and every so many seconds all is looked at without being told. There are
+four kinds of trouble:
 
 tampering  the rules are not as they were loaded: everything is closed, and people are told; what
            is closed is watched as well
 failure    Tor has ended, or the resolver is another one, which opens nothing: it is mended
+a move     the host wakes up in another network: connections of Tor's from addresses that it has no
+           longer are ended, as nobody answers them, and Tor takes minutes to give them up
 its end    of a Tor that is somebody else's, and so not ours to start: whoever listens in its place
            would get what is for it, so that everything is closed
 
@@ -33,7 +35,7 @@ from typing import Any, Literal
 
 from nsrun import netlink
 from nsrun.errors import NsrunError
-from nsrun.host import control, cover, external, machine, session
+from nsrun.host import control, cover, external, facts, flows, machine, session
 from nsrun.host.plan import locked_rules
 from nsrun.host.session import Session
 from nsrun.host.steps import (
@@ -50,7 +52,7 @@ from nsrun.steps import WriteFile
 UNSEEN = 1.0  # seconds to the next look while there is no Tor whose end could be told
 PAUSE = 0.2  # seconds from one look to the next at least, however much is changed meanwhile
 NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
-RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 1, 0x10, 0x100  # rtnetlink(7)
+ROUTES = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # rtnetlink(7): links; addresses, routes; of IPv6
 # closed after writing, moved, made, deleted: inotify(7)
 CHANGES = 0x8 | 0x40 | 0x80 | 0x100 | 0x200
 TAMPERED, REPLACED = "the rules of the host were changed", "Tor no longer listens where it was"
@@ -66,7 +68,7 @@ class Watch:
         rules = netlink.connect(netlink.NETLINK_NETFILTER)
         rules.bind((0, 1 << (NFNLGRP_NFTABLES - 1)))
         links = netlink.connect(netlink.NETLINK_ROUTE)
-        links.bind((0, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
+        links.bind((0, ROUTES))
         self._sockets = (rules, links)
         self._mounts = Path("/proc/self/mountinfo").open()  # noqa: SIM115  for as long as we live
         libc = ctypes.CDLL(None, use_errno=True)
@@ -154,6 +156,19 @@ def _mend(found: Session) -> None:
             _mend_step(step)
         except NsrunError as error:
             log.warning("%s", error)
+    if not found.spec.external:
+        _give_up(found.facts.tor_uid)
+
+
+def _give_up(tor_uid: int) -> None:
+    """Without a network nothing is given up: it may soon be back in the one before."""
+    try:
+        count = flows.give_up(tor_uid) if facts.default_route() else 0
+    except OSError as error:
+        log.warning("connections of before are left to Tor: %s", error.strerror)
+        return
+    if count:
+        log.warning("the host has moved: %d connections of Tor's are ended", count)
 
 
 def _mend_step(step: HostStep) -> None:
