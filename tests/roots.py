@@ -35,10 +35,11 @@ BASE = (
     *("tor", "passt", "slirp4netns", "dnsmasq-base", "bind9-dnsutils"),
 )
 CONTAINERS = ("docker.io", "docker-cli", "docker-compose", "podman")
-#: Firewalls, resolvers and managers of networks; resolvconf takes systemd-resolved's place.
+#: Firewalls, resolvers and managers of networks, and who serves a LAN; resolvconf takes
+#: systemd-resolved's place.
 BESIDE = (
     *("firewalld", "network-manager", "resolvconf", "isc-dhcp-client"),
-    *("wireguard-tools", "wireguard-go"),
+    *("wireguard-tools", "wireguard-go", "radvd", "isc-dhcp-server", "kea-dhcp4-server"),
 )
 #: What would use the network, or the host's disk, by itself; a test starts what it is about.
 DISABLED = (
@@ -47,7 +48,8 @@ DISABLED = (
 )
 DISABLED_BESIDE = (
     *("firewalld.service", "NetworkManager.service", "NetworkManager-dispatcher.service"),
-    "NetworkManager-wait-online.service",
+    *("NetworkManager-wait-online.service", "radvd.service", "isc-dhcp-server.service"),
+    "kea-dhcp4-server.service",
 )
 OLD = "bookworm"  # Debian 12: without containers, which are tested on others
 #: Of the kernel, which is everybody's.

@@ -7,18 +7,22 @@ from typing import Annotated, Literal
 import typer
 
 from nsrun.errors import UsageError
-from nsrun.host import export_firehol, export_iptables, export_pf, export_torrc, people
+from nsrun.host import export_firehol, export_iptables, export_lan, export_pf, export_torrc, people
 from nsrun.host import rules as host_rules
 from nsrun.host.policy import DNS_PORT, TRANS_PORT, HostPolicy, Own
 
 DOING = "print rules"
-Format = Literal["nft", "iptables", "firehol", "pf", "pf-rdr"]
+Format = Literal["nft", "iptables", "firehol", "pf", "pf-rdr", "dnsmasq", "dhcpd", "kea", "radvd"]
 
 
 def rules(
     form: Annotated[
         Format,
-        typer.Option("--format", help="For which filter; pf-rdr: pf before OpenBSD 4.7, FreeBSD."),
+        typer.Option(
+            "--format",
+            help="For which filter; pf-rdr: pf before OpenBSD 4.7, FreeBSD. Or for which server, "
+            "what tells the hosts at --gateway-for that this machine is their router.",
+        ),
     ] = "nft",
     only_user: Annotated[
         list[str] | None,
@@ -92,6 +96,10 @@ def rules(
             text = export_firehol.configuration(policy)
         case "pf" | "pf-rdr":
             text = export_pf.rules(policy, rdr=form == "pf-rdr")
+        case "dnsmasq" | "dhcpd" | "kea" | "radvd":
+            from nsrun.host import facts
+
+            text = export_lan.configuration(facts.lans(DOING, policy.gateway_for), form)
     print(text, end="")
 
 

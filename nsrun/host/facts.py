@@ -12,12 +12,13 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface
 from pathlib import Path
 
 from nsrun import facts, netlink
 from nsrun.errors import MissingError, UsageError
 from nsrun.host import bridges, cover, doors, external, flows, machine, people, session
+from nsrun.host.export_lan import Lan
 from nsrun.host.policy import choose_automap
 from nsrun.host.session import HostFacts, HostSpec
 
@@ -212,6 +213,27 @@ def default_route() -> str:
             if "dev" in route:
                 return str(route["dev"])
     return ""
+
+
+def lans(doing: str, names: Iterable[str]) -> list[Lan]:
+    """The networks at interfaces, by the first address of each. Raises UsageError."""
+    found = []
+    for name in names:
+        if absent_interfaces([name]) or name.endswith("*"):
+            raise UsageError(doing, f"there is no interface {name}", "ip link lists them")
+        told = json.loads(machine.ip("-json", "address", "show", "dev", name, "scope", "global"))
+        known = [
+            ip_interface(f"{one['local']}/{one['prefixlen']}")
+            for link in told
+            for one in link.get("addr_info", ())
+            if "local" in one  # of an address of another scope nothing is left
+        ]
+        four = next((one for one in known if isinstance(one, IPv4Interface)), None)
+        six = next((one for one in known if isinstance(one, IPv6Interface)), None)
+        found.append(Lan(name, four, six))
+    if not found:
+        raise UsageError(doing, "no interface is named", "--gateway-for INTERFACE")
+    return found
 
 
 def absent_interfaces(names: Iterable[str]) -> list[str]:

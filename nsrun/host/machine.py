@@ -158,7 +158,7 @@ def loopback() -> frozenset[str]:
 
 def ip(*arguments: str, text: str = "") -> str:
     """What ip(8) printed. Raises NsrunError."""
-    return _output("change addresses of the host", "iproute2", ("ip", *arguments), text)
+    return _output("read or change addresses of the host", "iproute2", ("ip", *arguments), text)
 
 
 def nft(arguments: Sequence[str], text: str = "") -> str:

@@ -24,6 +24,7 @@ from host_machine import (
     Idle,
     all_the_time,
     as_seen,
+    contained,
     idle,
     is_closed,
     is_killed,
@@ -37,8 +38,6 @@ from machine import Machine
 from nsrun.address import LISTENER6
 from nsrun.lab import topology
 from nsrun.leak.frames import Icmp, Tcp, Udp
-from nsrun.leak.pcap import Capture
-from nsrun.leak.verdict import Value, as_text, judge
 from town import eventually
 
 HOST4, HOST6, CLIENT4, CLIENT6 = "10.5.0.1", "fd05::1", "10.5.0.2", "fd05::2"
@@ -127,12 +126,6 @@ def routed(client: Client) -> Iterator[Client]:
     finally:
         client.machine.run("ttp", "stop")
         client.machine.run("sh", "-c", NO_ROUTING, check=True)
-
-
-def contained(machine: Machine, capture: Capture) -> None:
-    """Nothing but TCP to relays, and neighbours."""
-    verdict = judge("p-host", capture, machine.rules(), expect_some=True)
-    assert verdict.value is Value.CONTAINED, as_text([verdict])
 
 
 def send_everything(client: Client) -> None:
@@ -275,3 +268,52 @@ def test_without_forwarding_a_lan_is_served_and_not_sent_on(client: Client) -> N
     contained(host, seen[0])
     for switch in ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"):
         assert host.run("sysctl", "-n", switch).stdout == "0\n"
+
+
+# ---- what tells a LAN of it ----------------------------------------------------------------------
+
+SERVERS = {  # a check of its own grammar, of each
+    "dnsmasq": ("dnsmasq", "--test", "-C", "/run/lan/dnsmasq"),
+    "dhcpd": ("dhcpd", "-t", "-cf", "/run/lan/dhcpd"),
+    "kea": ("kea-dhcp4", "-t", "/run/lan/kea"),
+    "radvd": ("radvd", "-c", "-C", "/run/lan/radvd"),
+}
+DNSMASQ = ("dnsmasq", "-k", "-C", "/run/lan/dnsmasq", "-l", "/run/lan/leases", "-u", "root")
+ASK = """set -e
+printf '#!/bin/sh\nenv >/run/lan/told\n' >/run/lan/script; chmod 755 /run/lan/script
+timeout 20 dhclient -4 -1 -d -sf /run/lan/script -lf /run/lan/lease -pf /run/lan/pid eth0 &
+until grep -q new_ip_address /run/lan/told; do sleep 0.1; done
+kill $!
+. /run/lan/told 2>/dev/null
+ip address add $new_ip_address/24 dev eth0
+ip route add default via $new_routers
+echo $new_domain_name_servers
+"""
+
+
+@pytest.mark.promise("P1")
+def test_a_lan_is_told_of_its_gateway(crowded: Machine) -> None:
+    """Each server takes the lines for it; by those of dnsmasq a client finds its way, twice."""
+    host, client = crowded, Client(crowded)
+    host.run("sh", "-c", CLIENT + BRIDGE, check=True)
+    try:
+        for words in ("-4 address flush", "-6 address flush", "-6 route flush"):
+            host.run("ip", "-n", "client", *words.split(), "dev", "eth0", check=True)
+        host.run(*START, "--gateway-for", "br0", check=True)
+        host.run("mkdir", "/run/lan", check=True)
+        for server, check in SERVERS.items():
+            lines = host.run("ttp", "rules", "--gateway-for", "br0", "--format", server, check=True)
+            host.run("sh", "-c", f"cat >/run/lan/{server}", text=lines.stdout, check=True)
+            host.run(*check, check=True)
+        switch = "sed -n 's/^# as root: //p' /run/lan/radvd | sh"
+        host.run("sh", "-c", switch, check=True)
+        client.run("sh", "-c", "ip link set eth0 down; ip link set eth0 addrgenmode eui64 up")
+        with all_the_time(host, *DNSMASQ):
+            told = client.run("sh", "-c", ASK)
+            assert told.stdout == f"{HOST4}\n", told.stderr
+            assert client.seen("-4")["IsTor"] is True
+            eventually(partial(is_tor, client, "-6"), "a way by IPv6", 20)
+        assert "fe80::51" in client.run("ip", "-6", "route", "show", "default").stdout
+    finally:
+        host.run("ttp", "stop")
+        host.run("sh", "-c", f"rm -r /run/lan; {NO_LAN}", check=True)

@@ -33,6 +33,7 @@ PURE = (
     "nsrun.host.bridges",
     "nsrun.host.export_firehol",
     "nsrun.host.export_iptables",
+    "nsrun.host.export_lan",
     "nsrun.host.export_pf",
     "nsrun.host.export_torrc",
     "nsrun.host.plan",
