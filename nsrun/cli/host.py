@@ -16,7 +16,7 @@ from nsrun.cli import output
 from nsrun.cli.run import CONTEXT
 from nsrun.errors import ExitCode, NsrunError, UsageError
 from nsrun.host import bridges, session
-from nsrun.host.session import HostFacts, HostSpec, LogFormat
+from nsrun.host.session import HostFacts, HostSpec, LogFormat, Session
 from nsrun.torrc import check_fragment
 
 if TYPE_CHECKING:
@@ -228,11 +228,13 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     from nsrun.host import control
 
     found = control.current()
+    rules = _rules(found) if found else ""
     if as_json:
         told: dict[str, object] = {"state": found.state if found else "stopped"}
         if found:
             told |= {"since": found.since, "exit": found.exit, "interface": found.facts.interface}
             told |= {
+                "rules": rules or None,
                 "caught": _caught(found.spec),
                 "tor_resolvers": list(found.facts.tor_resolvers),
                 "tor_udp": found.facts.tor_udp,
@@ -244,6 +246,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.since))
         rows = {
             "state": found.state,
+            **({"rules": rules} if rules else {}),
             "exit": found.exit or "not verified",
             "since": when,
             "pid": str(found.pid),
@@ -257,6 +260,15 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             print(f"{key:<10} {client.visible(value)}")
     if found is None:
         raise typer.Exit(ExitCode.FAILED)
+
+
+def _rules(found: Session) -> str:
+    """Whether they are as they were loaded last; empty if that cannot be told."""
+    from nsrun.host import machine
+
+    if os.geteuid() != 0 or found.state not in ("up", "locked"):
+        return ""
+    return "as loaded" if machine.fingerprint() == found.rules else "changed"
 
 
 def check(verbose: Verbose = False) -> None:

@@ -537,32 +537,3 @@ def test_the_watchdog_mends_what_has_failed(host: Machine) -> None:
     assert state_of(host) == "up"
     assert host.run("systemctl", "show", "-P", "MainPID", session.WATCHDOG).stdout == pid
     host.run("ttp", "stop", check=True)
-
-
-FOREIGN = """
-table inet firewalld {
-    chain in { type filter hook input priority 10; policy accept; ct state invalid drop; }
-}
-table ip nat {
-    chain POSTROUTING { type nat hook postrouting priority 100; ip saddr 172.17.0.0/16 masquerade; }
-}
-table inet wg-quick-wg0 {
-    chain postmangle { type filter hook postrouting priority mangle; meta mark 7 ct mark set 1; }
-}
-"""
-
-
-@pytest.mark.promise("P9")
-def test_rules_of_others_stay_as_they_are(host: Machine) -> None:
-    """Those of firewalld, Docker and wg-quick, by their form: with ours beside them, and after."""
-    host.run("nft", "-f", "-", text=FOREIGN, check=True)
-    before = host.run("nft", "--stateless", "list", "ruleset", check=True).stdout
-    host.run(*START, check=True)
-    beside = host.run("nft", "--stateless", "list", "ruleset", check=True).stdout
-    ours = host.run("nft", "--stateless", "list", "table", "inet", "ttp", check=True).stdout
-    assert beside.replace(ours, "").strip() == before.strip()
-    assert as_seen(host, "-4")["IsTor"] is True
-    host.run("ttp", "stop", check=True)
-    assert host.run("nft", "--stateless", "list", "ruleset", check=True).stdout == before
-    for table in ("inet firewalld", "ip nat", "inet wg-quick-wg0"):
-        host.run("nft", "delete", "table", *table.split(), check=True)

@@ -138,7 +138,8 @@ def network_manager(*, link: bool) -> Manage:
 
         yield learn
         machine.run("nmcli", "connection", "delete", "test", check=True)
-        machine.run("systemctl", "stop", "NetworkManager", "systemd-hostnamed", check=True)
+        for unit in ("NetworkManager", "systemd-hostnamed", "polkit"):
+            machine.run("systemctl", "stop", unit, check=True)
         machine.run("sh", "-c", f"{ETH0} {conf}; rm -rf /run/NetworkManager", check=True)
 
     return manage
