@@ -407,13 +407,18 @@ def _leader(shell: int) -> int:
     """Process 1 of the machine that ``shell`` has booted, seen from here; 0 while there is none."""
     for nspawn in _children(shell):
         for leader in _children(nspawn):
-            if Path(f"/proc/{leader}/comm").read_text() == "systemd\n":
+            if _told(leader, "comm") == "systemd\n":
                 return leader
     return 0
 
 
 def _children(process: int) -> list[int]:
+    return list(map(int, _told(process, f"task/{process}/children").split()))
+
+
+def _told(process: int, what: str) -> str:
+    """A file of a process in /proc; empty if it has ended."""
     try:
-        return list(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
-    except FileNotFoundError:  # it has ended
-        return []
+        return Path(f"/proc/{process}/{what}").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # before it was opened, or since
+        return ""
