@@ -70,15 +70,17 @@ main()
 """
 
 
-class FromRelays:
-    """What relays send on, for minutes, to a Tor that has gone; nobody answers it."""
+class FromBefore:
+    """What far ends of earlier connections send on, for minutes: the machine was closed or booted,
+    or its Tor has gone, and nobody told them. An answer would be judged like all that leaves.
+    """
 
-    name = "from relays, unanswered"
+    name = "from far ends of before, unanswered"
 
     def covers(self, frame: Frame) -> bool:
         match frame.body:
-            case Ip(source=source, target=target, body=Tcp(source_port=topology.OR_PORT)):
-                return source not in OWN and target in OWN
+            case Ip(source=source, target=target, body=Tcp(flags=flags)):
+                return source not in OWN and target in OWN and "S" not in flags
         return False
 
 
@@ -106,7 +108,7 @@ def contained(
     ``moved`` are addresses that the machine had as well.
     """
     known = machine.lab.neighbours(*OWN, *moved, topology.RESOLVER, topology.LAN_WEB)
-    rules = [*machine.lab.rules(*OWN, *moved), known, ListenerReports(), *more]
+    rules = [*machine.lab.rules(*OWN, *moved), known, ListenerReports(), FromBefore(), *more]
     verdict = judge("p-host", capture, rules, expect_some=expect_some)
     assert verdict.value is Value.CONTAINED, as_text([verdict])
 

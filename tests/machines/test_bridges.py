@@ -19,7 +19,7 @@ import pytest
 from host_machine import (
     OWN,
     START,
-    FromRelays,
+    FromBefore,
     ListenerReports,
     as_seen,
     is_closed,
@@ -152,7 +152,7 @@ def contained(machine: Machine, capture: Capture, *rules: Rule) -> None:
     verdict = judge(
         "p-host",
         capture,
-        [*rules, FromRelays(), Remains(), known, ListenerReports()],
+        [*rules, FromBefore(), Remains(), known, ListenerReports()],
         expect_some=True,
     )
     assert verdict.value is Value.CONTAINED, as_text([verdict])
