@@ -55,12 +55,13 @@ import os, sys
 from nsrun.cli import main
 from nsrun.host.machine import HostMachine
 
-left = int(sys.argv.pop(1))
+kind = sys.argv.pop(1)
+left = int(kind) if kind.isdigit() else -1
 do = HostMachine.do
 
 def counted(self, step):
     global left
-    if left == 0:
+    if left == 0 or kind == type(step).__name__:
         os.kill(os.getpid(), 9)
     left -= 1
     do(self, step)
@@ -184,8 +185,9 @@ def speak(process: subprocess.Popen[str], heard: IO[str]) -> str:
     return heard.readline()
 
 
-def is_killed(machine: Machine, steps: int, *words: str) -> bool:
-    """Whether ``ttp`` with these words was killed before its step of that number, from 0."""
-    done = machine.run(PYTHON, "-c", MORTAL, str(steps), *words)
+def is_killed(machine: Machine, step: int | str, *words: str) -> bool:
+    """Whether ``ttp`` with these words was killed before its step of that number, from 0, or before
+    the first of that kind."""
+    done = machine.run(PYTHON, "-c", MORTAL, str(step), *words)
     assert done.returncode in (0, -9, 137), done.stderr
     return done.returncode != 0

@@ -69,6 +69,9 @@ OnlyUser = Annotated[
         show_default=False,
     ),
 ]
+OnionOnly = Annotated[
+    bool, typer.Option("--onion-only", help="Catch names and services of .onion, and nothing else.")
+]
 GatewayFor = Annotated[
     list[str] | None,
     typer.Option(
@@ -164,6 +167,7 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
         bypass_user: BypassUser = "",
         bypass_group: BypassGroup = "",
         only_user: OnlyUser = "",
+        onion_only: OnionOnly = False,
         gateway_for: GatewayFor = None,
         gateway_only: GatewayOnly = False,
         transport_port: TransportPort = session.TRANS_PORT,
@@ -188,6 +192,7 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
             bypass_users=_names(bypass_user),
             bypass_groups=_names(bypass_group),
             only_users=_names(only_user),
+            onion_only=onion_only,
             gateway_for=tuple(gateway_for or ()),
             gateway_only=gateway_only,
             trans_port=transport_port,
@@ -370,7 +375,7 @@ def ears(verbose: bool) -> Ears:
 
 
 def _caught(spec: HostSpec) -> str:
-    own = " ".join(spec.only_users) or ("" if spec.gateway_only else "all")
+    own = " ".join(spec.only_users) or {"onion": ".onion", "none": ""}.get(spec.own, "all")
     return ", and ".join(filter(None, (own, _served(spec))))
 
 

@@ -29,7 +29,8 @@ def rules(
         typer.Option("--only-user", help="Catch what these users send, and nobody else."),
     ] = None,
     onion_only: Annotated[
-        bool, typer.Option("--onion-only", help="Catch DNS and .onion, and nothing else.")
+        bool,
+        typer.Option("--onion-only", help="Catch names and services of .onion, and nothing else."),
     ] = False,
     gateway_for: Annotated[
         list[str] | None,

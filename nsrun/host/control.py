@@ -228,6 +228,8 @@ def need_bypass() -> None:
     found = _need_session("bypass")
     if found.spec.own == "none":
         raise UsageError("bypass Tor", "what this machine itself sends is left alone anyway")
+    if found.spec.own == "onion":
+        raise UsageError("bypass Tor", "with --onion-only all but .onion does", "leave it out")
     if not has_bypass(found):
         raise UsageError(
             "bypass Tor",

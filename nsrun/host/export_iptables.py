@@ -123,6 +123,8 @@ def _words(rule: Rule) -> Iterator[str]:
         yield f"-m conntrack --ctstate {','.join(rule.states).upper()}"
     if rule.not_opening:
         yield "! --syn"
+    if rule.asks_onion:
+        yield '-m string --algo bm --icase --hex-string "|05|onion|00|"'
 
 
 def _target(rule: Rule, version: int) -> str:

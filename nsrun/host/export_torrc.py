@@ -13,6 +13,7 @@ def heading(policy: HostPolicy, *, redirecting_to_loopback: bool = False) -> str
     """Comment lines to stand above the rules, in any of their forms.
 
     ``redirecting_to_loopback`` is how pf does it; Linux drops packets of others that go there.
+    pf cannot tell names of .onion from others, so all have to be asked of Tor.
     """
     hosts = []
     if policy.own != "none" or redirecting_to_loopback:
@@ -27,7 +28,7 @@ def heading(policy: HostPolicy, *, redirecting_to_loopback: bool = False) -> str
         *(f"DNSPort {host}:{policy.dns_port}" for host in hosts),
     ]
     lines = ["torrc:", *(f"  {line}" for line in torrc)]
-    if policy.own in ("all", "onion"):
+    if policy.own == "all" or (policy.own == "onion" and redirecting_to_loopback):
         lines += ["/etc/resolv.conf:", "  nameserver 127.0.0.1"]
     if policy.listeners and not redirecting_to_loopback:
         add = AddListeners(policy.listeners).describe().splitlines()

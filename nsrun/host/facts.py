@@ -29,6 +29,9 @@ def probe(spec: HostSpec) -> HostFacts:
     """Look, change nothing. Raises UsageError or MissingError."""
     if not Path(session.UNITS).parent.is_dir() or shutil.which("systemctl") is None:
         raise MissingError(DOING, "systemd does not run here", "ttp run -- COMMAND does without")
+    resolved = machine.is_active(machine.RESOLVED_UNIT)
+    if spec.onion_only and resolved:
+        _check_encrypted()
     networks, is_global6 = facts.networks()
     found = HostFacts(
         tor="",
@@ -40,7 +43,7 @@ def probe(spec: HostSpec) -> HostFacts:
         reaches_ipv6=is_global6 and spec.ipv6,
         automap4=choose_automap(networks),
         resolv_conf=os.path.lexists(session.RESOLVER),
-        resolved=machine.is_active(machine.RESOLVED_UNIT),
+        resolved=resolved,
         services=_services(),
         bypass_uids=people.exempt_users(DOING, spec.bypass_users),
         bypass_gids=people.exempt_groups(DOING, spec.bypass_groups),
@@ -150,6 +153,15 @@ def _only(spec: HostSpec, tor_uid: int) -> tuple[int, ...]:
         cause = f"{doors.NSSWITCH} has names of hosts looked up by {', '.join(others)}, in clear"
         raise UsageError(DOING, cause, "hosts: files dns")
     return found
+
+
+def _check_encrypted() -> None:
+    """Raises UsageError where systemd-resolved asks for names of .onion so that no rule sees it."""
+    done = subprocess.run(("resolvectl", "dnsovertls"), capture_output=True, text=True)
+    said = [line for line in done.stdout.splitlines() if not line.endswith((": no", ":"))]
+    if done.returncode or said:
+        cause = f"systemd-resolved asks by TLS, .onion too: {(said or ['nobody knows'])[0]}"
+        raise UsageError(DOING, cause, "DNSOverTLS=no in /etc/systemd/resolved.conf")
 
 
 def check_ports(spec: HostSpec) -> None:

@@ -111,9 +111,17 @@ def doomed(known: Collection[Flow], found: Collection[Tcp], policy: HostPolicy) 
 
 def _is_caught(one: Tcp, policy: HostPolicy) -> bool:
     """Whether the rules would have redirected it. What is closed, but not yet sent, has no user."""
-    if policy.own == "users":
-        return one.uid in policy.users or not one.inode
-    return policy.own != "none"
+    match policy.own:
+        case "all":
+            return True
+        case "users":
+            return one.uid in policy.users or not one.inode
+        case "onion":
+            target = one.ends[2]
+            onion = map(ipaddress.ip_network, (policy.automap4, policy.automap6))
+            return any(target in network for network in onion)
+        case "none":
+            return False
 
 
 def _listeners(policy: HostPolicy) -> frozenset[Address]:

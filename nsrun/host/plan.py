@@ -41,7 +41,7 @@ def policy(made: Session) -> HostPolicy:
         own=spec.own,
         users=facts.only_uids,
         lan=spec.lan,
-        ipv6=spec.ipv6 and facts.ipv6,
+        ipv6=spec.own == "onion" or (spec.ipv6 and facts.ipv6),  # which is no matter of .onion
         allow_root=spec.allow_root,
         services=facts.services,
         bypass_users=facts.bypass_uids,
@@ -56,14 +56,14 @@ def full_rules(made: Session) -> str:
     return render(replace(policy(made), bypass_cgroup=exempt))
 
 
+def has_bypass(made: Session) -> bool:
+    """Whether commands can be let past Tor: a control group that rules can name, and a reason."""
+    return made.facts.cgroups and made.spec.own in ("all", "users")
+
+
 def locked_rules(made: Session) -> str:
     """The table of a session whose rules somebody has changed: who was caught has no network."""
     return render_closed() if made.spec.own == "all" else render_lockdown(policy(made))
-
-
-def has_bypass(made: Session) -> bool:
-    """Whether single commands can be let past Tor."""
-    return made.facts.cgroups and made.spec.own != "none"
 
 
 def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ...]:
@@ -151,7 +151,7 @@ def tor_config(made: Session, helpers: Mapping[str, str]) -> torrc.HostTor:
         dns_port=spec.dns_port,
         automap4=rules.automap4,
         automap6=rules.automap6,
-        ipv6=rules.ipv6,
+        ipv6=spec.ipv6 and facts.ipv6,
         reaches_ipv6=facts.reaches_ipv6,
         others=rules.listeners,
         socks=session.SOCKS if rules.own in ("onion", "none") else "",  # for nsrun.host.oracle

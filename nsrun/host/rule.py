@@ -49,6 +49,7 @@ class Rule:
     reply: bool | None = None  # by whom the connection was not begun
     states: tuple[Literal["new", "related", "invalid"], ...] = ()  # of its connection
     not_opening: bool = False  # TCP, and not the first packet of a connection
+    asks_onion: bool = False  # DNS, by ``protocol``: the name that is asked for ends in .onion
 
     @property
     def version(self) -> Literal[4, 6] | None:
@@ -76,19 +77,48 @@ class Chain:
 _PRIORITIES = {"nat": -150, "filter": 0}
 
 
+# A question of DNS stands behind a header of 12 bytes, and by TCP behind the length of the message;
+# a name has up to 255 bytes (RFC 1035, 3.1, 4.1, 4.2.2), of which .onion has the last.
+_ONION, _ANY_CASE = b"\5ONION\0", b"\xff" + b"\xdf" * 5 + b"\xff"
+_PLACES = range(12, 2 + 12 + 255 - len(_ONION) + 1)
+
+
 def nft(chains: Iterable[Chain], table: str) -> str:
     """One transaction, that puts these chains in the place of whatever the table was."""
-    body = "".join(
+    chains = tuple(chains)
+    body = "".join(map(_names, chains)) + "".join(
         ruleset.chain(
             chain.name,
             chain.kind,
             f"{chain.hook} priority {_PRIORITIES[chain.kind]}",
             chain.policy,
-            (ruleset.rule(rule.why, " ".join(_words(rule))) for rule in chain.rules),
+            (ruleset.rule(rule.why, " ".join(_all_words(chain, rule))) for rule in chain.rules),
         )
         for chain in chains
     )
     return ruleset.replacing(table, body)
+
+
+def _all_words(chain: Chain, rule: Rule) -> Iterator[str]:
+    yield from _words(rule)
+    yield f"jump {chain.name}_names" if rule.asks_onion else _verdict(rule)
+
+
+def _names(chain: Chain) -> str:
+    """A chain that only questions pass: nft compares at a fixed place, so at each there can be.
+
+    What is done stands in another one, once for each protocol: who is not root of the first user
+    namespace can send no more than 208 KiB to the kernel at once.
+    """
+    asking = [rule for rule in chain.rules if rule.asks_onion]
+    if not asking:
+        return ""
+    name, compared = f"{chain.name}_names", f"& 0x{_ANY_CASE.hex()} == 0x{_ONION.hex()}"
+    found = (f"  meta l4proto {rule.protocol} {_verdict(rule)}\n" for rule in asking)
+    lines = (
+        f"  @ih,{8 * place},{8 * len(_ONION)} {compared} goto {name}_found\n" for place in _PLACES
+    )
+    return f" chain {name}_found {{\n{''.join(found)} }}\n chain {name} {{\n{''.join(lines)} }}\n"
 
 
 def _words(rule: Rule) -> Iterator[str]:
@@ -97,18 +127,21 @@ def _words(rule: Rule) -> Iterator[str]:
     yield from _addresses(rule)
     yield from _transport(rule)
     yield from _connection(rule)
+
+
+def _verdict(rule: Rule) -> str:
     match rule.do:
         case "reset":
-            yield "reject with tcp reset"
+            return "reject with tcp reset"
         case "refuse":
-            yield "reject with icmpx admin-prohibited"
+            return "reject with icmpx admin-prohibited"
         case int(port) if rule.at:
             at, ip = (f"[{rule.at}]", "ip6") if rule.version == 6 else (rule.at, "ip")
-            yield f"dnat {ip} to {at}:{port}"
+            return f"dnat {ip} to {at}:{port}"
         case int(port):
-            yield f"redirect to :{port}"
+            return f"redirect to :{port}"
         case verdict:
-            yield verdict
+            return verdict
 
 
 def _interfaces(rule: Rule) -> Iterator[str]:

@@ -21,11 +21,12 @@ from dataclasses import replace
 from typing import Literal
 
 from nsrun.host.policy import DOH4, DOH6, LAN4, LAN6, HostPolicy
-from nsrun.host.rule import Chain, Rule, nft
+from nsrun.host.rule import Chain, Rule, Verdict, nft
 from nsrun.ruleset import PRIVATE4, PRIVATE6
 
 _DNS, _DOT, _HTTPS = (53,), (853,), (443,)
 _TOR4, _TOR6 = ("127.0.0.1",), ("::1",)
+_NO_NAMES: tuple[tuple[Literal["tcp", "udp"], Verdict], ...] = (("tcp", "reset"), ("udp", "refuse"))
 _LOOPBACK = Rule("P4 loopback, by interface", "accept", oif=("lo",))
 
 
@@ -229,25 +230,23 @@ def _users_refusals(policy: HostPolicy) -> Iterator[Rule]:
 
 
 def _onion_redirects(policy: HostPolicy) -> Iterator[Rule]:
-    """All DNS, as it cannot be told beforehand which name is one of .onion."""
-    yield Rule("P1 Tor itself leaves", "return", users=(policy.tor_uid,))
+    """Names, whoever asks whom for them, resolvers of this machine too; then what they lead to."""
     yield Rule(
-        "P2 DNS on loopback goes to Tor", policy.dns_port, oif=("lo",), protocol="udp", dport=_DNS
+        "P2 names of .onion go to Tor", policy.dns_port, protocol="udp", dport=_DNS, asks_onion=True
     )
     yield from (replace(rule, do="return") for rule in _exempt(policy))
-    yield Rule("P2 DNS goes to Tor", policy.dns_port, protocol="udp", dport=_DNS)
-    yield Rule("P2 DNS over TLS is refused below", "return", protocol="tcp", dport=_DOT)
     yield from _onion(policy)
 
 
 def _onion_refusals(policy: HostPolicy) -> Iterator[Rule]:
-    """A name of .onion is asked of nobody but Tor, and its address reaches nobody else."""
+    """A name of .onion is asked of nobody but Tor, and its address reaches nobody else. A question
+    by UDP that is not redirected is one of a flow that began with another name."""
+    for protocol, do in _NO_NAMES:
+        why = f"P2 names of .onion to anyone but Tor, {protocol}"
+        yield Rule(why, do, protocol=protocol, dport=_DNS, asks_onion=True)
     yield _LOOPBACK
     yield from _ipv6_refused(policy)
-    yield from _redirected()
-    yield from _tor_leaves(policy)
     yield from _exempt(policy)
-    yield from _other_resolvers()
     yield from _stray_onion(policy)
 
 

@@ -45,8 +45,9 @@ class HostSpec:
     ``interval`` is the watchdog's, in seconds; ``external`` says that Tor is somebody else's, and
     ``tor_user`` whose.
 
-    ``only_users`` alone are caught; if there are none, everybody is. ``gateway_for`` are interfaces
-    for whose LANs this machine is the gateway, as in HostPolicy; with ``gateway_only`` that alone.
+    ``only_users`` alone are caught; if there are none, everybody is, or with ``onion_only`` nobody,
+    but for names and addresses of .onion. ``gateway_for`` are interfaces for whose LANs this
+    machine is the gateway, as in HostPolicy; with ``gateway_only`` that alone.
     ``bridges`` and ``torrc``, which may be secret, are no part of the record.
     """
 
@@ -67,6 +68,7 @@ class HostSpec:
     external: bool = False
     tor_user: str = ""
     only_users: tuple[str, ...] = ()
+    onion_only: bool = False
     gateway_for: tuple[str, ...] = ()
     gateway_only: bool = False
 
@@ -75,18 +77,12 @@ class HostSpec:
         """Which of this machine's own traffic is caught."""
         if self.only_users:
             return "users"
+        if self.onion_only:
+            return "onion"
         return "none" if self.gateway_only else "all"
 
     def __post_init__(self) -> None:
-        for option, given in (
-            ("--allow-root", self.allow_root),
-            ("--bypass-user", self.bypass_users),
-        ):
-            if self.only_users and given:
-                cause = f"with --only-user nobody else is caught, whom {option} could exempt"
-                raise UsageError("choose who is caught", cause, f"leave {option} out")
-        if self.gateway_only:
-            self._check_gateway_only()
+        self._check_modes()
         for name in self.gateway_for:
             check_interface("be a gateway", name)
         check_seconds("--bootstrap-timeout", self.bootstrap_timeout)
@@ -115,19 +111,31 @@ class HostSpec:
         if self.interface and not re.fullmatch(r"[^\s/:]{1,15}", self.interface):
             raise UsageError(f"use the interface {self.interface!r}", "that is no name of one")
 
-    def _check_gateway_only(self) -> None:
-        for option, given in (
-            ("--only-user", self.only_users),
-            ("--allow-root", self.allow_root),
-            ("--bypass-user", self.bypass_users),
-            ("--bypass-group", self.bypass_groups),
+    def _check_modes(self) -> None:
+        """Raises UsageError for an option that has no effect beside another."""
+        doing = "choose what is caught"
+        given = {
+            "--external-daemon": self.external,
+            "--gateway-for": self.gateway_for,
+            "--gateway-only": self.gateway_only,
+            "--only-user": self.only_users,
+            "--allow-root": self.allow_root,
+            "--bypass-user": self.bypass_users,
+            "--bypass-group": self.bypass_groups,
+            "--no-lan-bypass": not self.lan,
+            "--no-ipv6": not self.ipv6,
+        }
+        for mode, is_given, others in (
+            ("--only-user", self.only_users, ("--allow-root", "--bypass-user")),
+            ("--gateway-only", self.gateway_only, [*given][3:7]),
+            ("--onion-only", self.onion_only, given),
         ):
-            if given:
-                cause = f"with --gateway-only nobody is, whom {option} could be about"
-                raise UsageError("choose who is caught", cause, f"leave {option} out")
-        if not self.gateway_for:
-            cause = "with --gateway-only it is who is behind an interface, and none is named"
-            raise UsageError("choose who is caught", cause, "--gateway-for INTERFACE")
+            if is_given and (other := next(filter(given.get, others), "")):
+                raise UsageError(
+                    doing, f"{mode} and {other} exclude each other", "leave one of them out"
+                )
+        if self.gateway_only and not self.gateway_for:
+            raise UsageError(doing, "no interface is named", "--gateway-for INTERFACE")
 
 
 @dataclass(frozen=True)

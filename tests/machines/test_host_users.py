@@ -110,18 +110,21 @@ def test_at_stop_her_connections_end_and_nobody_elses(host: Machine) -> None:
 
 
 @pytest.mark.promise("P4", "P8")
-def test_a_start_or_a_stop_killed_at_any_step_is_closed_to_her(host: Machine) -> None:
-    """kill -9 before each: she has no network, he has; then stop takes all of it back."""
-    for words in ((*START[1:], *ONLY, "--watchdog"), ("stop",)):
-        steps = 0
-        while is_killed(host, steps, *words):
-            assert is_closed(host) is (steps > 0 or words == ("stop",)), (words, steps)
-            assert not is_closed(host, user="bob")
-            if words != ("stop",):
-                host.run("ttp", "stop", check=True)
-                assert not is_barred(host)
-            steps += 1
-        assert steps > 8
+def test_a_start_or_a_stop_killed_between_is_closed_to_her(host: Machine) -> None:
+    """kill -9 before what is of this mode: she has no network, he has, and stop takes it all back.
+    Before every other step somebody is killed in test_host.py."""
+    for step in ("BarUsers", "MakeDirectory", "TorifyHost"):
+        assert is_killed(host, step, *START[1:], *ONLY)
+        assert is_closed(host), step
+        assert not is_closed(host, user="bob"), step
+        host.run("ttp", "stop", check=True)
+        assert not is_barred(host)
+    host.run(*START, *ONLY, check=True)
+    for step in ("CutHost", "FreeUsers", "OpenHost"):
+        assert is_killed(host, step, "stop")
+        assert is_closed(host), step
+        assert not is_closed(host, user="bob"), step
+    host.run("ttp", "stop", check=True)
     assert not is_closed(host)
     assert not is_barred(host)
 
@@ -160,8 +163,11 @@ def test_the_watchdog_closes_to_her_alone(host: Machine) -> None:
         (("--only-user", "root"), "root's processes serve others"),
         (("--only-user", "debian-tor"), "Tor itself runs"),
         (("--only-user", "nobody-of-that-name"), "there is no user"),
-        (("--only-user", "alice", "--allow-root"), "nobody else is caught"),
-        (("--only-user", "alice", "--bypass-user", "bob"), "nobody else is caught"),
+        (("--only-user", "alice", "--allow-root"), "exclude each other"),
+        (("--only-user", "alice", "--bypass-user", "bob"), "exclude each other"),
+        (("--only-user", "alice", "--onion-only"), "exclude each other"),
+        (("--onion-only", "--no-ipv6"), "exclude each other"),
+        (("--onion-only", "--bypass-group", "bob"), "exclude each other"),
     ],
 )
 def test_a_wrong_choice_of_users_changes_nothing(

@@ -75,6 +75,27 @@ def tcp(actor: Actor, host: str = SITE4, port: int = 80) -> bytes:
         return connection.recv(100)
 
 
+def query(name: str) -> bytes:
+    """A question of DNS for the address of ``name``."""
+    labels = b"".join(bytes([len(part)]) + part.encode() for part in name.split("."))
+    return struct.pack(">6H", 7, 0x100, 1, 0, 0, 0) + labels + b"\0\0\1\0\1"
+
+
+def question(actor: Actor, name: str) -> None:
+    actor.send(LAN4, 53, query(name)).close()
+
+
+def by_tcp(actor: Actor, resolver: str, name: str) -> bytes:
+    """Ask by TCP, of the world, which greets and then reads no more. Raises OSError if refused."""
+    with actor.connect(resolver, 53) as connection:
+        asked = query(name)
+        found = connection.recv(100)
+        for _ in range(3):
+            connection.sendall(len(asked).to_bytes(2) + asked)
+            time.sleep(0.02)  # the interval at which a reset is looked for
+        return found
+
+
 def knock(actor: Actor, host: str) -> None:
     """Begin a TCP connection, and do not wait for it."""
     with actor.open(socket.AF_INET6, socket.SOCK_STREAM) as connection:
@@ -274,12 +295,10 @@ def test_tor_itself_leaves_by_tcp_only(town: HostTown) -> None:
 
 
 @pytest.mark.promise("P2")
-@pytest.mark.parametrize("own", ["all", "onion"])
-def test_helpers_of_tor_ask_for_names_of_bridges(town: HostTown, own: str) -> None:
+def test_helpers_of_tor_ask_for_names_of_bridges(town: HostTown) -> None:
     """Those resolvers that are named, which know them before Tor has a connection; nobody else
     does, and they nobody else."""
-    mode = replace(ALL, own="onion" if own == "onion" else "all")
-    town.load(replace(mode, tor_resolvers=(LAN4, LAN6)))
+    town.load(replace(ALL, tor_resolvers=(LAN4, LAN6)))
     for resolver in (LAN4, LAN6):
         town.passes(partial(udp, town.tor, resolver, 53))
     others = [partial(udp, town.tor, resolver, 53) for resolver in ("9.9.9.9", DOH6)]
@@ -702,24 +721,49 @@ def test_what_a_closed_connection_still_sends_is_not_let_out(town: HostTown) -> 
     town.passes(partial(time.sleep, 1))  # and once more after 0.8 s
 
 
-@pytest.mark.promise("P2")
+@pytest.mark.promise("P1", "P2")
 def test_only_onion_services_go_through_tor(town: HostTown) -> None:
-    """And all DNS, by which they are found; their addresses and names reach nobody else."""
+    """Their addresses and names, whoever is asked for these, reach nobody else; all else does."""
     town.load(replace(ALL, own="onion"))
+    names = ("a.onion", f"{'a' * 56}.Onion", f"www.{'a.' * 80}{'b' * 56}.ONION")
     with town.world_hears() as frames:
         for onion in (ONION4, ONION6):
             assert b"stand-in" in tcp(town.alice, onion)
-        for resolver in ("127.0.0.1", LAN4, "9.9.9.9"):
-            assert b"example" in town.alice.ask(resolver, "example.test")
-        refused(partial(tcp, town.alice, SITE4, 853))
+        for resolver in ("127.0.0.53", LAN4, LAN6, "9.9.9.9"):
+            for name in names:
+                assert b"onion" in town.alice.ask(resolver, name).lower()
     assert not frames
+    heard = len(town.heard)
     assert b"world" in tcp(town.alice)
     town.passes(partial(udp, town.alice))
-    town.contained(
-        partial(udp, town.alice, ONION4),
-        partial(udp, town.alice, ONION6),
-        partial(tcp, town.alice, LAN4, 53),
-    )
+    for name in ("example.test", "onion.example.test", "onions", "a.xonion"):
+        town.passes(partial(question, town.alice, name))
+        assert b"world" in by_tcp(town.alice, LAN4, name)
+    assert len(town.heard) == heard
+    for name in names:
+        refused(partial(by_tcp, town.alice, LAN4, name))
+    town.contained(partial(udp, town.alice, ONION4), partial(udp, town.alice, ONION6))
+
+
+@pytest.mark.promise("P2")
+@pytest.mark.parametrize("resolver", [LAN4, "127.0.0.53"])
+def test_a_flow_that_began_with_another_name_asks_for_none_of_onion(
+    town: HostTown, resolver: str
+) -> None:
+    """It is not redirected any more; on loopback somebody could ask further, and unseen."""
+    town.load(replace(ALL, own="onion"))
+    with ExitStack() as stack:
+        if resolver != LAN4:
+            listener = stack.enter_context(town.root.open(socket.AF_INET, socket.SOCK_DGRAM))
+            listener.bind((resolver, 53))
+        flow = stack.enter_context(town.alice.send(resolver, 53, query("example.test")))
+        flow.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # forgets that nobody listens there
+        with town.world_hears() as frames:
+            refused(partial(flow.send, query("a.onion")))
+        assert not frames
+        flow.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        flow.send(query("a.example.test"))
+    assert not town.heard
 
 
 @pytest.mark.promise("P3")

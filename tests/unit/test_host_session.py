@@ -79,6 +79,8 @@ OBFS4 = f"obfs4 192.0.2.1:443 {PRINT} cert=abc iat-mode=0"
         {"gateway_only": True, "gateway_for": ("eth1",), "allow_root": True},
         {"gateway_only": True, "gateway_for": ("eth1",), "only_users": ("alice",)},
         {"only_users": ("alice",), "bypass_users": ("bob",)},
+        {"only_users": ("alice",), "onion_only": True},
+        {"onion_only": True, "lan": False},
     ],
 )
 def test_options_are_checked(wrong: dict[str, Any]) -> None:
@@ -359,6 +361,22 @@ def test_of_a_gateway_alone_only_sockets_of_others_are_ended() -> None:
     of_the_lan = Tcp((at, 9041, ipaddress.ip_address("10.5.0.2"), 4000), 1, 107, 1, b"")
     found = [served, of_the_lan, tcp(4001), tcp(4002), tcp(4003, uid=107)]
     assert list(flows.doomed([OTHERS], found, rules)) == [of_the_lan]
+
+
+@pytest.mark.promise("P4", "P9")
+@pytest.mark.parametrize(
+    ("found", "ends"),
+    [
+        (tcp(4000), True),
+        (tcp(4002), False),
+        (tcp(4002, ipaddress.ip_address("10.192.0.7")), True),
+        (tcp(4002, ipaddress.ip_address("fd74:7470:1:1000::7")), True),
+    ],
+)
+def test_of_onion_alone_no_other_forgotten_socket_ends(found: Tcp, ends: bool) -> None:
+    """By its address, which leads nowhere but to Tor."""
+    rules = replace(RULES, own="onion")
+    assert list(flows.doomed([REDIRECTED, OTHERS], [found], rules)) == [found] * ends
 
 
 @pytest.mark.promise("P4", "P9")
