@@ -404,7 +404,7 @@ def test_a_command_in_the_exempt_control_group_reaches_the_network(town: HostTow
 @pytest.mark.promise("P5")
 @pytest.mark.parametrize("followed", [True, False], ids=["followed", "unknown"])
 def test_inbound_connections_go_on_and_new_ones_are_taken(town: HostTown, followed: bool) -> None:
-    """From public addresses, whoever speaks first after the rules came, and whether or not the
+    """T8: from public addresses, whoever speaks first after the rules came, and whether or not the
     kernel followed connections before."""
     if followed:
         town.nft(
