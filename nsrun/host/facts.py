@@ -48,8 +48,8 @@ def probe(spec: HostSpec) -> HostFacts:
         bypass_uids=people.exempt_users(DOING, spec.bypass_users),
         bypass_gids=people.exempt_groups(DOING, spec.bypass_groups),
         cgroups=Path("/sys/fs/cgroup/cgroup.controllers").exists(),
-        tor_resolvers=resolvers() if bridges.need_names(spec.bridges) else (),
-        tor_udp=bridges.need_udp(spec.bridges),
+        tor_resolvers=resolvers() if spec.asks_for_bridges else (),
+        tor_udp=spec.own == "all" and bridges.need_udp(spec.bridges),
         network_manager=cover.has_manager(session.RESOLVER),
     )
     found = with_theirs(found, spec) if spec.external else _with_own(found)
@@ -107,7 +107,7 @@ def _is_loopback(address: str) -> bool:
 
 def check_resolvers(spec: HostSpec, found: HostFacts) -> None:
     """Raises UsageError where a bridge cannot be found by its name."""
-    if bridges.need_names(spec.bridges) and not found.tor_resolvers:
+    if spec.asks_for_bridges and not found.tor_resolvers:
         cause = "a bridge line has a name, and there is no resolver but on loopback"
         raise UsageError(DOING, cause, "a nameserver elsewhere in /etc/resolv.conf")
 

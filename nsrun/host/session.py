@@ -81,6 +81,11 @@ class HostSpec:
             return "onion"
         return "none" if self.gateway_only else "all"
 
+    @property
+    def asks_for_bridges(self) -> bool:
+        """Whether a helper has names to look up, where everybody's go to Tor."""
+        return self.own in ("all", "onion") and bridges.need_names(self.bridges)
+
     def __post_init__(self) -> None:
         self._check_modes()
         for name in self.gateway_for:

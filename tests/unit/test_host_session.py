@@ -189,6 +189,14 @@ def test_names_are_looked_up_only_where_a_line_has_one(
     assert bridges.need_udp([line]) is line.startswith("snowflake")
 
 
+def test_helpers_ask_the_system_where_it_asks_in_clear() -> None:
+    """As for single users: others are left alone, and Tor's is one of them."""
+    line = "meek_lite 192.0.2.1:1 url=https://a.test"
+    assert HostSpec(bridges=(line,)).asks_for_bridges
+    assert not HostSpec(bridges=(line,), only_users=("alice",)).asks_for_bridges
+    assert not HostSpec(bridges=(OBFS4,)).asks_for_bridges
+
+
 def test_a_bridge_of_ipv6_is_no_use_without_it() -> None:
     """But an address that is not connected to may be anything."""
     HostSpec(ipv6=False, bridges=("webtunnel [2001:db8::1]:1 url=https://a.test",))
