@@ -6,6 +6,7 @@ In root's cache directory, each under a checksum of what it is made of:
     beside-SUITE-…   what else may share a machine, added to a root         40 s, 100 MB
     wheels-…         what pip needs to install ttp without a network     5 s, 5 MB
     ttp-SUITE-…      what `make install` of this checkout adds to a root   10 s, 40 MB
+    package-NAME-…   the files of one package of sid's                     5 s, 10 MB
 
 Nobody writes into them: a machine has them below a directory of its own (overlay), see machine.py.
 """
@@ -18,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable
@@ -166,6 +168,31 @@ def wheels() -> Path:
         _do(*pip, "wheel", "--wheel-dir", str(part), *pure, *wanted)
 
     return _kept("wheels", "\n".join(wanted), make, DAYS)
+
+
+def unpacked(package: str) -> Path:
+    """The files of a package of sid's that no stable Debian has; without what it depends on."""
+    keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+    def make(part: Path) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            sources = Path(name, "sources.list")
+            sources.write_text(f"deb [signed-by={keyring}] {_mirror()} sid main\n")
+            own = {
+                "Dir::Etc::SourceList": sources,
+                "Dir::Etc::SourceParts": "-",
+                "Dir::State::Lists": f"{name}/lists",
+                "Dir::Cache": name,
+                "APT::Sandbox::User": "root",
+            }
+            apt = ("apt-get", "-qq", *(f"-o{key}={value}" for key, value in own.items()))
+            Path(name, "lists/partial").mkdir(parents=True)
+            _do(*apt, "update")
+            _do("sh", "-c", 'cd "$0" && "$@"', name, *apt, "download", package)
+            (file,) = Path(name).glob("*.deb")
+            _do("dpkg-deb", "--extract", str(file), str(part))
+
+    return _kept(f"package-{package}", package, make, DAYS)
 
 
 def _mirror() -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import roots
 from host_machine import (
     OWN,
     START,
@@ -36,7 +37,7 @@ from nsrun.leak.verdict import Rule, TcpToRelays, Value, as_text, judge
 from town import eventually
 
 BRIDGE, BRIDGE6 = "11.60.0.1", "2600:113c::1"
-OBFS4_PORT, MEEK_PORT = 7777, 8443
+OBFS4_PORT, MEEK_PORT, WEBTUNNEL_PORT, BEHIND_TLS = 7777, 8443, 8444, 8445
 FRONT = "www.test"  # of which the lab's web server has a certificate, and the meek server too
 NOBODY = f"192.0.2.3:80 {'A' * 40}"  # where a transport does not use the address of a line
 TOR_PORTS = f"{{ {topology.OR_PORT}, {topology.DIR_PORT} }}"
@@ -91,6 +92,7 @@ class Lines:
     plain: str
     obfs4: str
     meek: str = f"meek_lite {NOBODY} url=https://hidden.test:{MEEK_PORT}/ front={FRONT}:{MEEK_PORT}"
+    webtunnel: str = f"webtunnel {NOBODY} url=https://{FRONT}:{WEBTUNNEL_PORT}/secret ver=0.0.1"
     snowflake: str = f"snowflake {NOBODY} url=https://{FRONT}/ ice=stun:stun.test:3478"
 
 
@@ -125,7 +127,7 @@ class Remains:
             case Ip(source=source, target=target, body=Tcp() as tcp) if "S" not in tcp.flags:
                 ends = {(source, tcp.source_port), (target, tcp.target_port)}
                 far = (BRIDGE, BRIDGE6, topology.WEB, topology.WEB6)
-                ports = (OBFS4_PORT, MEEK_PORT)
+                ports = (OBFS4_PORT, MEEK_PORT, WEBTUNNEL_PORT)
                 return any((at, port) in ends for at in far for port in ports)
         return False
 
@@ -170,22 +172,32 @@ def blocked(machine: Machine) -> Iterator[Lines]:
     """The machine with helpers installed, its way to relays blocked, and a bridge elsewhere."""
     with ExitStack() as stack:
         for name in HELPERS:
-            there = machine.path(f"/usr/bin/{name}")
-            there.write_bytes(Path(f"/usr/bin/{name}").read_bytes())
-            there.chmod(0o755)
-            stack.callback(there.unlink)
+            stack.enter_context(_installed(machine, Path("/usr/bin", name)))
         lab = machine.lab
         _in(lab, "router", "sh", "-c", f"nft -f - <<'E'{CENSOR}E")
         stack.callback(_in, lab, "router", "nft", "delete", "table", "inet", "censor")
         _in(lab, "inet", "ip", "address", "add", BRIDGE, "dev", "lo")
         stack.callback(_in, lab, "inet", "ip", "address", "del", BRIDGE, "dev", "lo")
-        lines = stack.enter_context(_bridge(lab, lab.home / "bridge"))
+        webtunnel = roots.unpacked("webtunnel")
+        lines = stack.enter_context(_bridge(lab, lab.home / "bridge", webtunnel))
+        stack.enter_context(_tls(lab))
         stack.enter_context(_meek(lab))
         yield lines
 
 
 @contextmanager
-def _bridge(lab: Lab, directory: Path) -> Iterator[Lines]:
+def _installed(machine: Machine, program: Path) -> Iterator[None]:
+    there = machine.path(f"/usr/bin/{program.name}")
+    there.write_bytes(program.read_bytes())
+    there.chmod(0o755)
+    try:
+        yield
+    finally:
+        there.unlink()
+
+
+@contextmanager
+def _bridge(lab: Lab, directory: Path, webtunnel: Path) -> Iterator[Lines]:
     directory.mkdir(mode=0o700)
     torrc = f"""
         TestingTorNetwork 1
@@ -203,6 +215,9 @@ def _bridge(lab: Lab, directory: Path) -> Iterator[Lines]:
         ExtORPort auto
         ServerTransportPlugin obfs4 exec /usr/bin/obfs4proxy
         ServerTransportListenAddr obfs4 [::]:{OBFS4_PORT}
+        ServerTransportPlugin webtunnel exec {webtunnel}/usr/bin/webtunnel-server
+        ServerTransportListenAddr webtunnel 127.0.0.1:{BEHIND_TLS}
+        ServerTransportOptions webtunnel url=https://{FRONT}:{WEBTUNNEL_PORT}/secret
         OutboundBindAddress {BRIDGE}
         Log notice file {directory}/log
     """
@@ -220,7 +235,21 @@ def _bridge(lab: Lab, directory: Path) -> Iterator[Lines]:
                 plain=f"{BRIDGE}:{topology.OR_PORT} {fingerprint}",
                 obfs4=shown.replace("<FINGERPRINT>", fingerprint),
                 meek=Lines.meek.replace("A" * 40, fingerprint),
+                webtunnel=Lines.webtunnel.replace("A" * 40, fingerprint),
             )
+        finally:
+            process.kill()
+
+
+@contextmanager
+def _tls(lab: Lab) -> Iterator[None]:
+    """What a web server does for webtunnel."""
+    own = "cert=/run/lab/web.pem,key=/run/lab/web.key,verify=0,fork,reuseaddr"
+    listen = f"OPENSSL-LISTEN:{WEBTUNNEL_PORT},pf=ip6,ipv6-v6only=0,{own}"
+    server = lab.inside("inet", "socat", listen, f"TCP:127.0.0.1:{BEHIND_TLS}")
+    with subprocess.Popen(server, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield
         finally:
             process.kill()
 
@@ -330,6 +359,20 @@ def test_meek_asks_for_its_front_and_nothing_else_is_asked(host: Machine, blocke
     contained(host, seen[0], through, Lookups((FRONT,)))
 
 
+@pytest.mark.promise("P1", "P2", "P3")
+def test_webtunnel_asks_for_its_site(host: Machine, blocked: Lines) -> None:
+    """As meek does for its front."""
+    program = roots.unpacked("webtunnel") / "usr/bin/webtunnel-client"
+    with _installed(host, program), watched(host) as seen:
+        up = host.run(*START, "--use-bridges", "--bridge", blocked.webtunnel)
+        assert up.returncode == 0, up.stderr
+        assert as_seen(host, "-4")["IsTor"] is True
+        assert helper(host, "webtunnel-client").items() > CONFINED.items()
+        host.run("ttp", "stop", check=True)
+    through = tcp_to(WEBTUNNEL_PORT, topology.WEB, topology.WEB6)
+    contained(host, seen[0], through, Lookups((FRONT,)))
+
+
 @pytest.mark.promise("P3", "P4")
 def test_snowflake_opens_udp_for_its_helper_alone(host: Machine, blocked: Lines) -> None:
     """It asks its broker and STUN, which is told; nobody there gives it a proxy, so that the start
@@ -358,10 +401,8 @@ def test_snowflake_opens_udp_for_its_helper_alone(host: Machine, blocked: Lines)
 
 
 WRONG = (
-    ("--bridge", f"webtunnel {NOBODY} url=https://www.test/"),  # no program here speaks it
     ("--bridge", "192.0.2.1:1\nSocksPort 9050"),
     ("--bridge", "[2001:db8::1]:443", "--no-ipv6"),
-    ("--bridge", "192.0.2.1:1", "--torrc", "/root/wrong"),  # Tor itself refuses it
     ("--bridge-file", "/root"),
     ("--bridge-file", "/root/none"),
     ("--bridge-file", "/dev/zero"),
@@ -374,13 +415,17 @@ WRONG = (
 def test_a_wrong_bridge_changes_nothing(host: Machine, blocked: Lines) -> None:
     """It is said what is wrong; a session that is up goes on."""
     host.run("sh", "-c", "echo MaxCircuitDirtiness never >/root/wrong", check=True)
-    for wrong in WRONG:
+    later = (
+        ("--bridge", f"webtunnel {NOBODY} url=https://www.test/"),  # there is no program for it
+        ("--bridge", "192.0.2.1:1", "--torrc", "/root/wrong"),  # Tor itself refuses it
+    )
+    for wrong in (*WRONG, *later):
         done = host.run("ttp", "start", "--use-bridges", *wrong)
         assert done.returncode in (1, 2), wrong
         assert "Traceback" not in done.stderr
         assert host.run("nft", "list", "tables").stdout == "", wrong
     host.run(*START, "--use-bridges", "--bridge", blocked.obfs4, check=True)
-    for wrong in WRONG:
+    for wrong in later:
         assert host.run("ttp", "restart", "--use-bridges", *wrong).returncode in (1, 2), wrong
     assert state_of(host) == "up"
     assert as_seen(host, "-4")["IsTor"] is True
