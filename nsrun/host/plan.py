@@ -79,9 +79,15 @@ def start_steps(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ..
             if has_bypass(made)
             else ()
         ),
+        # before Tor, whose helpers may have theirs: a later mount over it would cover that, too
+        *(_resolv_conf(made) if rules.own == "all" else ()),
         *(() if spec.external else _own_tor(made, helpers)),
         TorifyHost(full_rules(made), closed, rules),
-        *(_resolver(made) if rules.own == "all" else ()),
+        *(
+            (LeadResolved(session.RESOLVED, units.resolved(spec.dns_port)),)
+            if rules.own == "all" and facts.resolved
+            else ()
+        ),
         *(
             (
                 StartUnit(
@@ -100,14 +106,10 @@ def tor_text(made: Session, helpers: Mapping[str, str]) -> str:
     return torrc.render_host(tor_config(made, helpers))
 
 
-def _resolver(made: Session) -> tuple[HostStep, ...]:
-    """Everybody's names lead to Tor."""
-    spec, facts = made.spec, made.facts
-    resolved = LeadResolved(session.RESOLVED, units.resolved(spec.dns_port))
+def _resolv_conf(made: Session) -> tuple[HostStep, ...]:
     return (
-        *((resolved,) if facts.resolved else ()),
         WriteFile(session.RESOLV_CONF, units.resolv_conf(), 0o644, 0, 0),
-        *((cover(facts.network_manager),) if facts.resolv_conf else ()),
+        *((cover(made.facts.network_manager),) if made.facts.resolv_conf else ()),
     )
 
 

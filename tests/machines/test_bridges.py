@@ -346,7 +346,10 @@ def test_meek_asks_for_its_front_and_nothing_else_is_asked(host: Machine, blocke
             up = host.run("ttp", verb, *START[2:], "--use-bridges", "--bridge", blocked.meek)
             assert up.returncode == 0, up.stderr
         assert as_seen(host, "-4")["IsTor"] is True
-        assert helper(host, "obfs4proxy").items() > CONFINED.items()
+        proxy = helper(host, "obfs4proxy")
+        assert proxy.items() > CONFINED.items()
+        its = host.run("cat", f"/proc/{proxy['pid']}/root/etc/resolv.conf", check=True).stdout
+        assert f"nameserver {RESOLVERS[0]}\n" in its
         told = host.run("ttp", "status", user="alice").stdout
         assert f"bridges    names from {', '.join(RESOLVERS)}\n" in told
         host.run("systemctl", "kill", "--signal=KILL", session.TOR_UNIT, check=True)
