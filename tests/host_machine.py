@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ START = ("ttp", "start", "--torrc", "/etc/ttp/lab.torrc")
 PYTHON = "/usr/local/lib/ttp/bin/python"
 CUT = "Software caused connection abort\n"  # ECONNABORTED: what a destroyed socket says
 CURL = ("curl", "-sS", "--max-time", "20")
+ECHO = f"echo word | socat -t1 - UDP:{topology.WEB}:7"
+#: Every rule of nft, of iptables and of routing.
+SAVE = "nft --stateless list ruleset; iptables-save; ip6tables-save; ip rule; ip -6 rule"
 # By UDP, which is for nobody, all the time.
 SHOUT = """
 import socket, sys, time
@@ -191,3 +195,10 @@ def is_killed(machine: Machine, step: int | str, *words: str) -> bool:
     done = machine.run(PYTHON, "-c", MORTAL, str(step), *words)
     assert done.returncode in (0, -9, 137), done.stderr
     return done.returncode != 0
+
+
+def rules_of_others(machine: Machine) -> str:
+    """Every rule but ours; without times and counters."""
+    told = machine.run("sh", "-c", SAVE, check=True).stdout
+    ours = machine.run("nft", "--stateless", "list", "table", "inet", "ttp").stdout
+    return re.sub(r"(?m)^#.*\n| *\[\d+:\d+\]|^\n", "", told.replace(ours, ""))

@@ -8,7 +8,6 @@ beside ours, after it has loaded them anew meanwhile, and when ours are gone.
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -17,7 +16,7 @@ import pytest
 
 from docker_host import IMAGE, archive
 from docker_machine import STRAY
-from host_machine import CURL, START, as_seen, state_of, to, watched
+from host_machine import CURL, ECHO, START, as_seen, rules_of_others, state_of, to, watched
 from machine import Machine
 from nsrun.lab import topology
 from nsrun.leak.frames import Udp
@@ -26,16 +25,7 @@ from town import eventually
 Reload = Callable[[], object]
 
 OPEN, SHUT = 2222, 2223  # ports of this machine that theirs lets the LAN reach, and does not
-ECHO = f"echo word | socat -t1 - UDP:{topology.WEB}:7"
 SERVE = "exec socat TCP-LISTEN:{},reuseaddr,fork SYSTEM:'echo hello'"
-SAVE = "nft --stateless list ruleset; iptables-save; ip6tables-save; ip rule; ip -6 rule"
-
-
-def rules(machine: Machine) -> str:
-    """Every rule but ours, of nft, of iptables and of routing; without times and counters."""
-    told = machine.run("sh", "-c", SAVE, check=True).stdout
-    ours = machine.run("nft", "--stateless", "list", "table", "inet", "ttp").stdout
-    return re.sub(r"(?m)^#.*\n| *\[\d+:\d+\]|^\n", "", told.replace(ours, ""))
 
 
 @contextmanager
@@ -98,18 +88,19 @@ def test_neither_firewall_overrules_the_other(
         assert passes(machine) == (True, True, True, True)  # the control of theirs
         reload = held.enter_context(firewall(machine))
         assert passes(machine) == (True, False, True, False)  # the control of ours
-        before = rules(machine)
+        before = rules_of_others(machine)
         with watched(machine) as seen:
             machine.run(*START, check=True)
             for change in (lambda: None, reload):
                 change()
                 assert passes(machine) == (False, False, True, False)
-                assert rules(machine) == before
-            assert as_seen(machine, "-4")["IsTor"] is True
+                assert rules_of_others(machine) == before
+            for family in ("-4", "-6"):
+                assert as_seen(machine, family)["IsTor"] is True
             assert machine.run("ttp", "check").returncode == 0
             machine.run("ttp", "stop", check=True)
         assert not to(seen[0], Udp, topology.WEB)
-        assert rules(machine) == before
+        assert rules_of_others(machine) == before
         assert passes(machine) == (True, False, True, False)
 
 
@@ -167,20 +158,20 @@ def test_docker_is_started_anew_beside_ours(crowded: Machine) -> None:
         machine.run("systemctl", "restart", "docker", check=True)  # which orders its rules
         eventually(lambda: is_published(machine), "the container")
         assert sends(machine)
-        before = rules(machine)
+        before = rules_of_others(machine)
         with watched(machine) as seen:
             machine.run(*START, check=True)
-            assert rules(machine) == before
+            assert rules_of_others(machine) == before
             assert not sends(machine)
             machine.run("systemctl", "restart", "docker", check=True)
             eventually(lambda: is_published(machine), "the container again")
-            assert rules(machine) == before
+            assert rules_of_others(machine) == before
             assert not sends(machine)
             assert machine.run("ttp", "check").returncode == 0
             assert as_seen(machine, "-4")["IsTor"] is True
             machine.run("ttp", "stop", check=True)
         assert not to(seen[0], Udp, topology.WEB)
-        assert rules(machine) == before
+        assert rules_of_others(machine) == before
         assert sends(machine)
     finally:
         machine.run("sh", "-c", UNDO)
