@@ -15,6 +15,7 @@ from container_probes import KNOWN, LINK, PLAIN, as_meant
 from docker_host import IMAGE
 from docker_machine import ASK, BOTH, DNS, LIVES, LONG, SLEEP, STRAY, Docker
 from driver_host import by_tor
+from host_machine import START
 from lab_helpers import PLAIN_ORACLE
 from nsrun.leak.bench import make
 from nsrun.leak.verdict import Value, judge
@@ -187,3 +188,26 @@ def test_a_docker_with_ipv6_opens_nothing(bare: Docker) -> None:
     finally:
         file.unlink()
         bare.restart()
+
+
+@LONG
+@pytest.mark.promise("P1", "P2", "P3")
+def test_containers_on_a_host_behind_tor_go_through_tor_or_nowhere(bare: Docker) -> None:
+    """On Docker's own networks: refused, until the host is to be their gateway."""
+    host = bare.machine
+    host.run("systemctl", "stop", GATEWAY, check=True)
+    containers = ("--gateway-for", "docker0", "--gateway-for", "br-*")
+    try:
+        with bare.silent():
+            host.run(*START, check=True)
+            done = host.run("docker", "run", "--rm", "--network", "plain", IMAGE, *ASK)
+            assert done.returncode
+            host.run("ttp", "restart", *START[2:], *containers, check=True)
+            for network in ("plain", "bridge"):
+                run = ("run", "--rm", "--network", network, IMAGE)
+                assert by_tor(bare.do(*run, *ASK))
+                assert "No route" in host.run("docker", *run, "python3", "-c", STRAY).stderr
+    finally:
+        host.run("ttp", "stop")
+        host.run("systemctl", "start", GATEWAY, check=True)
+    assert not by_tor(bare.do("run", "--rm", "--network", "bridge", IMAGE, *ASK))

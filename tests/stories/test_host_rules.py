@@ -33,6 +33,7 @@ from host_town import (
     HOST_LAN4,
     LAN4,
     LAN6,
+    OTHERS,
     TO_GUEST4,
     TO_GUEST6,
     TOR,
@@ -41,7 +42,7 @@ from host_town import (
     host_town,
 )
 from nsrun.host import rules
-from nsrun.host.policy import HostPolicy
+from nsrun.host.policy import HostPolicy, Own
 from town import SITE4, SITE6, Actor, eventually
 
 pytestmark = pytest.mark.root
@@ -538,6 +539,22 @@ def test_a_middlebox_serves_its_lan_and_says_what_it_refuses(town: HostTown) -> 
             refused(partial(flow.recv, 100))
 
 
+@pytest.mark.promise("P1", "P2")
+@pytest.mark.parametrize("own", ["users", "onion"])
+def test_a_middlebox_beside_modes_that_leave_others_alone(nft_town: HostTown, own: Own) -> None:
+    """Its LAN is caught as a whole; bob, who is not, is left alone."""
+    town = nft_town
+    town.load(replace(MIDDLEBOX, own=own, users=(ALICE,) if own == "users" else ()))
+    with town.world_hears() as frames:
+        for site in (SITE4, SITE6, ONION4, ONION6):
+            assert b"stand-in" in tcp(town.guest, site)
+        for resolver in ("9.9.9.9", DOH6, TO_GUEST4):
+            assert b"example" in town.guest.ask(resolver, "example.test")
+        refused(partial(tcp, town.guest, SITE4, 853))
+    assert not frames
+    assert b"world" in tcp(town.bob)
+
+
 @pytest.mark.promise("P1", "P2", "P3")
 def test_a_middlebox_need_not_forward(nft_town: HostTown) -> None:
     """What is refused is refused at once all the same; names are answered at link-local, too."""
@@ -636,10 +653,10 @@ def test_a_middlebox_gives_its_lan_addresses(town: HostTown) -> None:
 def test_a_middlebox_is_no_open_tor(town: HostTown) -> None:
     """Its listeners take only what was redirected to them."""
     town.load(MIDDLEBOX)
-    for port in (9041, 9054):
-        refused(partial(tcp, town.guest, TO_GUEST4, port))
-    with town.guest.send(TO_GUEST4, 9054, TOKEN) as query, pytest.raises(OSError):
-        query.recv(100)
+    for at in OTHERS.addresses:
+        refused(partial(tcp, town.guest, at, 9041))
+        with town.guest.send(at, 9054, TOKEN) as query, pytest.raises(OSError):
+            query.recv(100)
     assert not town.heard
 
 
