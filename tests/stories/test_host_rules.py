@@ -484,6 +484,8 @@ def test_forwarded_packets_are_refused(town: HostTown) -> None:
     acts += [partial(act, town.guest, to) for to in (ONION4, ONION6) for act in (tcp, udp)]
     for act in (partial(tcp, town.guest), partial(tcp, town.guest, SITE6)):
         refused(act)
+    with town.guest.send(SITE4, 443, TOKEN) as flow:
+        refused(partial(flow.recv, 100))
     for host in (LAN4, LAN6):
         assert b"world" in tcp(town.guest, host)
     town.contained(*acts)
