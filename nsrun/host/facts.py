@@ -88,12 +88,12 @@ def _with_own(found: HostFacts) -> HostFacts:
 def resolvers() -> tuple[str, ...]:
     """Addresses of this host's resolvers, but for those on loopback.
 
-    For systemd-resolved, which is on loopback, whom it asks.
+    For systemd-resolved, which is on loopback, whom it asks. libc uses three (resolv.conf(5)).
     """
     for path in (session.RESOLVER, "/run/systemd/resolve/resolv.conf"):
         found = re.findall(r"^nameserver\s+(\S+)", _text(path), re.MULTILINE)
         if outside := tuple(one for one in found if not _is_loopback(one)):
-            return outside
+            return outside[:3]
     return ()
 
 

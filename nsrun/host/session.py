@@ -84,7 +84,7 @@ class HostSpec:
     @property
     def asks_for_bridges(self) -> bool:
         """Whether a helper has names to look up, where everybody's go to Tor."""
-        return self.own in ("all", "onion") and bridges.need_names(self.bridges)
+        return self.own == "all" and bridges.need_names(self.bridges)
 
     def __post_init__(self) -> None:
         self._check_modes()

@@ -70,11 +70,11 @@ SystemCallFilter=@system-service
 def tor_resolver(resolvers: Sequence[str]) -> dict[str, str]:
     """Files, by path, by which helpers ask the host's own resolvers, and nobody on their behalf.
 
-    Whom others ask (nss-resolve) is Tor. No more than three are used (resolv.conf(5)).
+    Whom others ask (nss-resolve) is Tor.
     """
     if not resolvers:
         return {}
-    servers = "".join(f"nameserver {one}\n" for one in resolvers[:3])
+    servers = "".join(f"nameserver {one}\n" for one in resolvers)
     return {
         session.TOR_RESOLV_CONF: f"{servers}search .\n",
         session.TOR_NSSWITCH: "passwd: files\ngroup: files\nhosts: files dns\n",

@@ -194,6 +194,7 @@ def test_helpers_ask_the_system_where_it_asks_in_clear() -> None:
     line = "meek_lite 192.0.2.1:1 url=https://a.test"
     assert HostSpec(bridges=(line,)).asks_for_bridges
     assert not HostSpec(bridges=(line,), only_users=("alice",)).asks_for_bridges
+    assert not HostSpec(bridges=(line,), onion_only=True).asks_for_bridges
     assert not HostSpec(bridges=(OBFS4,)).asks_for_bridges
 
 
