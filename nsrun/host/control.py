@@ -145,6 +145,10 @@ def _examine(spec: HostSpec, before: Session | None) -> None:
     found = facts.probe(spec)
     if before is None or before.state == "closed":  # else our own resolv.conf is what is there
         facts.check_resolvers(spec, found)
+    if before is None or before.state == "closed" or before.spec.external:
+        facts.check_ports(spec)
+    else:  # its own Tor gives these back
+        facts.check_ports(spec, ours=(before.spec.trans_port, before.spec.dns_port))
     if spec.external:
         return
     made = Session(spec, found, os.getpid(), time.time())

@@ -21,7 +21,7 @@ from pathlib import Path
 from nsrun import dns
 from nsrun.address import AUTOMAP6
 from nsrun.errors import GatewayError, UsageError
-from nsrun.host import oracle, people
+from nsrun.host import machine, oracle, people, session
 from nsrun.host.session import HostSpec, Session
 
 DOING = "use a Tor that somebody else runs"
@@ -58,6 +58,9 @@ def look(spec: HostSpec, automap4: str) -> External:
     both6 = all(_listening(k, p, socket.AF_INET6) for k, p in zip(KINDS, ports, strict=True))
     found = listeners(ports)
     pid = _holder(found, uid)
+    if pid == machine.main_process(session.TOR_UNIT):
+        hint = "--transport-port and --dns-port tell where another one is"
+        raise UsageError(DOING, "it is the one of ttp's session, and ends with it", hint)
     return External(
         uid=uid,
         gid=people.group_of(uid),

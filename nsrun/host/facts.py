@@ -164,8 +164,11 @@ def _check_encrypted() -> None:
         raise UsageError(DOING, cause, "DNSOverTLS=no in /etc/systemd/resolved.conf")
 
 
-def check_ports(spec: HostSpec) -> None:
-    """Raises UsageError where somebody has one of the ports already; there, an external Tor is."""
+def check_ports(spec: HostSpec, ours: tuple[int, ...] = ()) -> None:
+    """Raises UsageError where somebody has one of the ports, but for ``ours``, already.
+
+    An external Tor has to.
+    """
     if spec.external:
         return
     for option, port, kind in (
@@ -173,7 +176,7 @@ def check_ports(spec: HostSpec) -> None:
         ("--dns-port", spec.dns_port, socket.SOCK_DGRAM),
     ):
         for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-            if family == socket.AF_INET6 and not _has_ipv6():
+            if port in ours or (family == socket.AF_INET6 and not _has_ipv6()):
                 continue
             with socket.socket(family, kind) as listener:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

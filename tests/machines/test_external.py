@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from host_machine import CURL, all_the_time, as_seen, is_closed, state_of, to, watched
+from host_machine import CURL, START, all_the_time, as_seen, is_closed, state_of, to, watched
 from machine import Machine
 from nsrun.host import session
 from nsrun.lab import topology
@@ -68,6 +68,9 @@ def test_a_tor_that_somebody_else_runs(host: Machine) -> None:
             assert refused.returncode == 2
             assert "its Tor is somebody else's" in refused.stderr
             assert host.run("systemctl", "is-active", session.TOR_UNIT).stdout == "inactive\n"
+            own = host.run("ttp", "restart", *START[2:])
+            assert (own.returncode, "port 9041" in own.stderr) == (2, True), own.stderr
+            assert as_seen(host, "-4")["IsTor"] is True
             host.run("ttp", "stop", check=True)
         assert not to(seen[0], Tcp, topology.WEB, topology.WEB6)
         assert not to(seen[0], Udp, topology.RESOLVER, topology.RESOLVER6)
@@ -78,6 +81,11 @@ def test_a_tor_that_somebody_else_runs(host: Machine) -> None:
 def test_a_tor_that_cannot_be_relied_on_changes_nothing(host: Machine) -> None:
     """Nobody there, somebody else's, root's, no Tor at all, or .onion addresses of the LAN's."""
     refused(host, "nothing listens at 127.0.0.1:9041, tcp")
+    host.run(*START, check=True)
+    taken = host.run("ttp", "restart", *THEIRS[2:])
+    assert (taken.returncode, "of ttp's session" in taken.stderr) == (2, True), taken.stderr
+    assert as_seen(host, "-4")["IsTor"] is True
+    host.run("ttp", "stop", check=True)
     for own in (("--use-bridges", "--bridge", "192.0.2.1:1"), ("--torrc", "/etc/ttp/lab.torrc")):
         refused(host, "has its own", *own)
     assert host.run("ttp", "start", "--tor-uid", "debian-tor").returncode == 2

@@ -378,13 +378,19 @@ def test_a_machine_without_a_resolv_conf(host: Machine) -> None:
 
 
 def test_other_ports_and_an_interface(host: Machine) -> None:
-    """Where Tor listens is for the administrator to say; the interface is shown."""
+    """Where Tor listens is for the administrator to say; the interface is shown. A restart to where
+    somebody else listens changes nothing."""
     ports = ("--transport-port", "19041", "--dns-port", "19054")
     host.run(*START, *ports, "--interface", "lo", check=True)
     assert as_seen(host, "-4")["IsTor"] is True
     listening = host.run("ss", "-Hltn", "sport", "=", "19041").stdout
     assert "127.0.0.1:19041" in listening
     assert "interface  lo\n" in host.run("ttp", "status").stdout
+    with all_the_time(host, "socat", "TCP-LISTEN:22222", "STDOUT"):
+        host.run("sh", "-c", "until ss -Hltn sport = 22222 | grep -q .; do sleep 0.05; done")
+        taken = host.run("ttp", "restart", *START[2:], "--transport-port", "22222")
+    assert (taken.returncode, "port 22222" in taken.stderr) == (2, True), taken.stderr
+    assert as_seen(host, "-4")["IsTor"] is True
 
 
 @pytest.mark.promise("P1", "P2", "P3")
