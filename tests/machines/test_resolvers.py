@@ -50,7 +50,7 @@ class Leases:
 
 @contextmanager
 def plain(machine: Machine) -> Iterator[Learn]:
-    """A file that somebody wrote by hand, and writes to."""
+    """A file that somebody wrote by hand, and writes to, which the watchdog sees."""
     machine.run("sh", "-c", f"echo nameserver {topology.RESOLVER} >{RESOLV_CONF}", check=True)
     yield lambda: machine.run("sh", "-c", f"echo nameserver {OTHER} >{RESOLV_CONF}", check=True)
     machine.run("rm", RESOLV_CONF, check=True)
@@ -164,6 +164,10 @@ def resolves(machine: Machine, name: str) -> None:
     assert found.stdout.startswith(topology.WEB), (name, found)
 
 
+def is_ours(machine: Machine) -> bool:
+    return "nameserver 127.0.0.1\n" in machine.run("cat", RESOLV_CONF).stdout
+
+
 def asked(machine: Machine, name: str) -> set[str]:
     """Whom libc asks in clear for a name of the lab."""
     with watched(machine) as seen:
@@ -178,13 +182,16 @@ def asked(machine: Machine, name: str) -> set[str]:
 def test_names_go_to_tor_and_the_manager_is_heard(crowded: Machine, manager: str) -> None:
     """Before and after, its resolver is seen to be asked; meanwhile nobody, whatever it writes."""
     machine = crowded
+    options = ("--watchdog",) if manager == "plain" else ()
     machine.run("mv", RESOLV_CONF, "/root/was.conf", check=True)
     with MANAGERS[manager](machine) as learn:
         assert asked(machine, "before") == {topology.RESOLVER}
         with watched(machine) as seen:
-            machine.run(*START, check=True)
+            machine.run(*START, *options, check=True)
             resolves(machine, "first.test")
             learn()
+            if options:
+                eventually(lambda: is_ours(machine), "ours to be back", 5)
             resolves(machine, "second.test")
             assert machine.run("ttp", "check").returncode == 0
             machine.run("ttp", "stop", check=True)
