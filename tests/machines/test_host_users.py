@@ -143,6 +143,11 @@ def test_another_session_follows_without_a_moment_between(host: Machine) -> None
     host.run("ttp", "close", check=True)
     assert host.run("ttp", "start", *ONLY, "--bootstrap-timeout", "0").returncode == 1
     assert is_closed(host, user="bob")
+    host.run(*START, *ONLY, check=True)
+    assert not is_closed(host, user="bob")
+    assert as_seen(host, "-4")["IsTor"] is True
+    assert "up already" in host.run(*START, *ONLY, check=True).stdout
+    assert host.run(*START).returncode == 2  # it is up with others
     host.run("ttp", "stop", check=True)
     assert not is_barred(host)
 
