@@ -132,12 +132,7 @@ class Tor:
                 with suppress(SocketError):
                     self._controller = Controller.from_socket_file(self._control_path)
                 if self._process.poll() is not None:
-                    if not os.statvfs(log).f_bavail:
-                        cause = f"no space is left in {Path(log).parent}"
-                        raise GatewayError("start Tor", cause, "make room, or set TTP_STATE_DIR")
-                    raise GatewayError(
-                        "start Tor", last_words(log, begin), "the whole log: ttp gateway logs"
-                    )
+                    raise _ended(log, begin)
                 time.sleep(0.005)  # until the socket is there: it cannot be waited for
             self._controller._event_notice = _Told()  # noqa: SLF001  there is no other way
             self._controller.authenticate()
@@ -149,6 +144,9 @@ class Tor:
             phase = str(self._controller.get_info("status/bootstrap-phase"))
             self._update(_pairs(phase))
         except (ControllerError, AuthenticationFailure) as error:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)  # it may be about to end, and has closed its socket
+                raise _ended(log, begin) from error
             cause = f"its control socket: {error}"
             raise GatewayError("start Tor", cause, "the whole log: ttp gateway logs") from error
         finally:
@@ -195,6 +193,14 @@ class _Told(threading.Event):
 
     def wait(self, _timeout: float | None = None) -> bool:
         return super().wait()
+
+
+def _ended(log: str, begin: int) -> GatewayError:
+    """Why Tor did not start: what it says in ``log`` after byte ``begin``."""
+    if not os.statvfs(log).f_bavail:
+        cause = f"no space is left in {Path(log).parent}"
+        return GatewayError("start Tor", cause, "make room, or set TTP_STATE_DIR")
+    return GatewayError("start Tor", last_words(log, begin), "the whole log: ttp gateway logs")
 
 
 def last_words(log: str, begin: int) -> str:
