@@ -149,10 +149,10 @@ def _examine(spec: HostSpec, before: Session | None) -> None:
         facts.check_ports(spec)
     else:  # its own Tor gives these back
         facts.check_ports(spec, ours=(before.spec.trans_port, before.spec.dns_port))
-    if spec.external:
-        return
     made = Session(spec, found, os.getpid(), time.time())
-    facts.check_torrc(found, tor_text(made, facts.helpers(spec.bridges)))
+    policy(made)  # whose parts may contradict each other, as who is exempt and Tor's user
+    if not spec.external:
+        facts.check_torrc(found, tor_text(made, facts.helpers(spec.bridges)))
 
 
 def _await_bootstrap(spec: HostSpec, told: Ears) -> None:

@@ -89,6 +89,8 @@ def test_a_tor_that_cannot_be_relied_on_changes_nothing(host: Machine) -> None:
     for own in (("--use-bridges", "--bridge", "192.0.2.1:1"), ("--torrc", "/etc/ttp/lab.torrc")):
         refused(host, "has its own", *own)
     assert host.run("ttp", "start", "--tor-uid", "debian-tor").returncode == 2
+    with tor(host, TORRC):
+        refused(host, "which is not a user of it", "--bypass-user", "debian-tor")
     lan = TORRC.replace("10.192.0.0/10", "10.64.0.0/16")
     with tor(host, lan):
         refused(host, "which is not in 10.192.0.0/10")
