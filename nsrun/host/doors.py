@@ -10,8 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,10 +42,9 @@ def bar(directories: Iterable[str], users: Sequence[int]) -> None:
     everything = {(tag, NO_ID): ALL for tag in (USER_OBJ, GROUP_OBJ, OTHER)}
     for directory in _there(directories):
         _write(directory, DEFAULT, _with(_read(directory, DEFAULT) or everything, users, ENTER))
-        for path in directory.rglob("*"):
-            with suppress(FileNotFoundError):  # it has just gone
-                if path.is_socket():
-                    _write(path, ACCESS, _with(_access(path), users, READ))
+        for path, mode in _below(directory):
+            if stat.S_ISSOCK(mode):
+                _write(path, ACCESS, _with(_access(path, mode), users, READ))
 
 
 def free(directories: Iterable[str], users: Sequence[int]) -> None:
@@ -55,15 +55,31 @@ def free(directories: Iterable[str], users: Sequence[int]) -> None:
             _remove(directory, DEFAULT)
         else:
             _write(directory, DEFAULT, left)
-        for path in directory.rglob("*"):
-            with suppress(FileNotFoundError):
-                found = {} if path.is_symlink() else _access(path)
-                if (left := _without(found, users)) != found:
-                    _write(path, ACCESS, left)
+        for path, mode in _below(directory):
+            found = _access(path, mode)
+            if (left := _without(found, users)) != found:
+                _write(path, ACCESS, left)
 
 
 def _there(directories: Iterable[str]) -> list[Path]:
     return [path for path in map(Path, directories) if path.is_dir()]
+
+
+def _below(directory: Path) -> Iterator[tuple[Path, int]]:
+    """What is there but for links, with its mode; by paths that lead to these very files.
+
+    The directories are not root's: who puts a link in the place of a socket meanwhile must not
+    have us write a list elsewhere.
+    """
+    for _, directories, files, parent in os.fwalk(directory):
+        for name in (*directories, *files):
+            with suppress(FileNotFoundError):  # it has just gone
+                place = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+                try:
+                    if not stat.S_ISLNK(mode := os.fstat(place).st_mode):
+                        yield Path(f"/proc/self/fd/{place}"), mode
+                finally:
+                    os.close(place)
 
 
 def _with(entries: Entries, users: Sequence[int], allowed: int) -> Entries:
@@ -81,11 +97,10 @@ def _without(entries: Entries, users: Sequence[int]) -> Entries:
     return found
 
 
-def _access(path: Path) -> Entries:
+def _access(path: Path, mode: int) -> Entries:
     """As the mode has it, where there is no list."""
     if found := _read(path, ACCESS):
         return found
-    mode = path.lstat().st_mode
     shifts = {USER_OBJ: 6, GROUP_OBJ: 3, OTHER: 0}
     return {(tag, NO_ID): mode >> shift & ALL for tag, shift in shifts.items()}
 

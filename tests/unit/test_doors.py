@@ -104,3 +104,16 @@ def test_entries_of_others_stay(service: Path) -> None:
     doors.free([str(service)], (ALICE,))
     assert doors._read(service, doors.DEFAULT) == others
     assert doors._read(path, doors.ACCESS) == others
+
+
+@pytest.mark.root
+@pytest.mark.promise("P8")
+def test_what_a_link_leads_to_stays_as_it_is(service: Path, tmp_path: Path) -> None:
+    """Who may write to the directory, as its service may, leads nobody elsewhere."""
+    with listening(tmp_path / "elsewhere"):
+        (service / "link").symlink_to(tmp_path / "elsewhere")
+        doors.bar([str(service)], (ALICE,))
+        doors.free([str(service)], (ALICE,))
+        doors.bar([str(service)], (ALICE,))
+        assert os.listxattr(tmp_path / "elsewhere") == []
+        assert not reaches(service / "socket", ALICE)
