@@ -25,6 +25,7 @@ USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x
 NO_ID = 0xFFFFFFFF
 READ, ENTER, ALL = 4, 5, 7
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
+NO_LIST = (errno.ENODATA, errno.ENOTSUP)  # the second: the file system has none at all
 
 Entries = dict[tuple[int, int], int]
 """Permissions of each tag and number of a user or a group."""
@@ -110,7 +111,7 @@ def _read(path: Path, name: str) -> Entries:
     try:
         packed = os.getxattr(path, name)
     except OSError as error:
-        if error.errno != errno.ENODATA:
+        if error.errno not in NO_LIST:
             raise
         return {}
     return {(tag, who): allowed for tag, allowed, who in struct.iter_unpack("<HHI", packed[4:])}
@@ -125,5 +126,5 @@ def _remove(path: Path, name: str) -> None:
     try:
         os.removexattr(path, name)
     except OSError as error:
-        if error.errno != errno.ENODATA:
+        if error.errno not in NO_LIST:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -117,3 +118,13 @@ def test_what_a_link_leads_to_stays_as_it_is(service: Path, tmp_path: Path) -> N
         doors.bar([str(service)], (ALICE,))
         assert os.listxattr(tmp_path / "elsewhere") == []
         assert not reaches(service / "socket", ALICE)
+
+
+@pytest.mark.root
+@pytest.mark.promise("P4", "P8")
+def test_where_there_are_no_lists_nobody_is_closed_out_and_all_is_taken_back() -> None:
+    """The start fails, and what takes it back does not, so that it can open again."""
+    without = ("/proc/sys/net/ipv4/conf/lo",)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOTSUP)):
+        doors.bar(without, (ALICE,))
+    doors.free(without, (ALICE,))
