@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -21,11 +23,10 @@ BYTES = 1 << 20  # then it is renamed, in the place of the one that was renamed 
 def write(level: int, words: str, form: LogFormat | None = None) -> None:
     """A line at the end; without ``form``, in that of the file. Raises OSError."""
     there = _form()
-    handler = RotatingFileHandler(session.LOG, maxBytes=BYTES, backupCount=1)
+    handler = _Handler(session.LOG, maxBytes=BYTES, backupCount=1)
     try:
         if form and there and form != there:
             handler.doRollover()
-        Path(session.LOG).chmod(0o600)
         handler.setFormatter(_Formatter(form or there or "text"))
         logger = logging.Logger("ttp", logging.INFO)
         logger.addHandler(handler)
@@ -44,6 +45,17 @@ def _form() -> LogFormat | None:
     if not first:
         return None
     return "json" if first == b"{" else "text"
+
+
+class _Handler(RotatingFileHandler):
+    """Nobody else may read the file, from when it is made on: whoever has it open, goes on."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=_open_private)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 class _Formatter(logging.Formatter):

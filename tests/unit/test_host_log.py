@@ -41,3 +41,14 @@ def test_lines_of_another_form_begin_another_file(file: Path) -> None:
     assert json.loads(file.with_name("ttp.log.1").read_text())["message"] == "one"
     assert file.read_text().endswith(" INFO two\n")
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_log_is_roots_alone_also_when_it_begins_anew(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line too many for one file begins another one."""
+    monkeypatch.setattr(log, "BYTES", 60)
+    log.write(logging.INFO, "one that fills it, and more")
+    log.write(logging.INFO, "two")
+    old = file.with_name("ttp.log.1")
+    assert [one.stat().st_mode & 0o777 for one in (file, old)] == [0o600] * 2
