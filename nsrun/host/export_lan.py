@@ -54,20 +54,20 @@ def _dnsmasq(lans: list[Lan]) -> str:
         if lan.four is None and lan.six is None:
             raise _nothing(lan, "it has no address")
         if lan.four:
-            tag = f"tag:{lan.interface}"
+            tag = lan.interface
             low, high = lan.range
             lines += [
-                f"dhcp-range=set:{lan.interface},{low},{high},{lan.four.netmask},12h",
-                f"dhcp-option={tag},option:router,{lan.four.ip}",
-                f"dhcp-option={tag},option:dns-server,{lan.four.ip}",
+                f"dhcp-range=set:{tag},{low},{high},{lan.four.netmask},12h",
+                f"dhcp-option=tag:{tag},option:router,{lan.four.ip}",
+                f"dhcp-option=tag:{tag},option:dns-server,{lan.four.ip}",
             ]
         if lan.six:
-            prefix = lan.six.network
+            prefix, tag = lan.six.network, f"{lan.interface}/6"  # which no interface can be called
             lines += [
                 *_as_router(lan),
                 "enable-ra",
-                f"dhcp-range=set:{lan.interface}6,{prefix[0]},ra-only,{prefix.prefixlen}",
-                f"dhcp-option=tag:{lan.interface}6,option6:dns-server,[{lan.six.ip}]",
+                f"dhcp-range=set:{tag},{prefix[0]},ra-only,{prefix.prefixlen}",
+                f"dhcp-option=tag:{tag},option6:dns-server,[{lan.six.ip}]",
             ]
     return _text(dict.fromkeys(lines))
 

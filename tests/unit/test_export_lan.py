@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from ipaddress import ip_interface
 from typing import Any
 
@@ -20,7 +21,7 @@ LAN = Lan("eth1", FOUR, SIX)
     ("server", "lines"),
     [
         ("dnsmasq", ("interface=eth1", "dhcp-option=tag:eth1,option:router,192.168.1.1")),
-        ("dnsmasq", ("dhcp-range=set:eth16,fd00:1::,ra-only,64", "port=0")),
+        ("dnsmasq", ("dhcp-range=set:eth1/6,fd00:1::,ra-only,64", "port=0")),
         ("dhcpd", ("  option domain-name-servers 192.168.1.1;",)),
         ("radvd", ("  prefix fd00:1::/64 { };", "  RDNSS fd00:1::1 { };")),
     ],
@@ -30,6 +31,14 @@ def test_this_machine_is_router_and_resolver(server: Server, lines: tuple[str, .
     told = configuration([LAN, Lan("eth2.7", FOUR, SIX)], server).splitlines()
     assert set(lines) <= set(told)
     assert any("eth2.7" in line for line in told)
+
+
+def test_no_lan_is_taken_for_another() -> None:
+    """By dnsmasq, whose tags are made of the names of interfaces."""
+    told = configuration([LAN, Lan("eth16", FOUR, SIX)], "dnsmasq")
+    tags = re.findall("set:([^,]+)", told)
+    assert len(tags) == len({*tags}) == 4
+    assert {*re.findall("tag:([^,]+)", told)} == {*tags}
 
 
 def test_the_lines_for_kea_are_json() -> None:
