@@ -53,8 +53,8 @@ def asked(capture: Capture) -> set[str]:
 
 def is_barred(machine: Machine) -> bool:
     """Whether there is an access list of ours anywhere."""
-    paths = (path for door in DOORS if machine.path(door).exists() for path in [machine.path(door)])
-    return any(os.listxattr(one) for path in paths for one in (path, *path.rglob("*")))
+    doors = [path for path in map(machine.path, DOORS) if path.exists()]
+    return any(os.listxattr(one) for path in doors for one in (path, *path.rglob("*")))
 
 
 @pytest.mark.promise("P1", "P2", "P3", "P8", "P9", "P12")
@@ -66,6 +66,7 @@ def test_only_the_named_user_is_behind_tor(host: Machine) -> None:
     assert asked(control[0]) == {*WAYS}
     up = host.run(*START, *ONLY)
     assert up.returncode == 0, up.stderr
+    assert is_barred(host)
     assert "caught     alice\n" in host.run("ttp", "status").stdout
     assert json.loads(host.run("ttp", "status", "--json").stdout)["caught"] == "alice"
     for family in ("-4", "-6"):
