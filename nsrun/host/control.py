@@ -19,8 +19,7 @@ from pathlib import Path
 from nsrun import paths
 from nsrun.errors import NsrunError, UsageError, VerifyError
 from nsrun.host import external, facts, log, machine, oracle, session, tor
-from nsrun.host.plan import has_bypass, policy, start_steps, tor_text
-from nsrun.host.rules import render_closed
+from nsrun.host.plan import has_bypass, locked_rules, policy, start_steps, tor_text
 from nsrun.host.session import HostSpec, Session
 from nsrun.host.steps import CloseHost, CutHost, FreeUsers, HostStep, OpenHost, TorifyHost
 
@@ -90,7 +89,7 @@ def close(ears: Ears) -> None:
 
 def _close(made: Session, told: Ears) -> None:
     write_record(made)
-    machine.HostMachine(told.effects).do(CloseHost(render_closed()))
+    machine.HostMachine(told.effects).do(CloseHost(locked_rules(made)))
 
 
 def restart(spec: HostSpec, ears: Ears) -> Outcome:
@@ -132,10 +131,10 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
     except BaseException:
         if made is not None:
             told.words("it failed: all is taken back")
-            closed = before is not None and before.state == "closed"
+            closed = before is not None and before.state in ("closed", "locked")
             _take_back(made, told, stay_closed=closed)
             if before is not None and closed:
-                _close(before.at("closed", barred=made.barred), told)  # as it was
+                _close(before.at("closed", barred=made.barred), told)  # as it was, to whom it was
         raise
     return _verified(made, told, fresh=True)
 
