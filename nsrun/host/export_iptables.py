@@ -68,7 +68,8 @@ def loadable(policy: HostPolicy) -> tuple[Chain, ...]:
 def lines(chain: Chain, version: int) -> Iterator[tuple[str, str, str]]:
     """Of each rule for IP ``version``: what fits, why, and what is done; ``-A CHAIN`` left out."""
     for rule in chain.rules:
-        if rule.version in (None, version):
+        # strings are compared whole, and of a searched name only the ends of its label are known
+        if rule.version in (None, version) and not rule.searches_onion:
             for variant in product(*_variants(rule)):
                 yield " ".join((*variant, *_words(rule))), rule.why, f"-j {_target(rule, version)}"
     if chain.policy == "drop":

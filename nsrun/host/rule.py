@@ -50,6 +50,7 @@ class Rule:
     states: tuple[Literal["new", "related", "invalid"], ...] = ()  # of its connection
     not_opening: bool = False  # TCP, and not the first packet of a connection
     asks_onion: bool = False  # DNS, by ``protocol``: the name that is asked for ends in .onion
+    searches_onion: bool = False  # the same, but a domain is behind the name of a service
 
     @property
     def version(self) -> Literal[4, 6] | None:
@@ -79,8 +80,13 @@ _PRIORITIES = {"nat": -150, "filter": 0}
 
 # A question of DNS stands behind a header of 12 bytes, and by TCP behind the length of the message;
 # a name has up to 255 bytes (RFC 1035, 3.1, 4.1, 4.2.2), of which .onion has the last.
-_ONION, _ANY_CASE = b"\5ONION\0", b"\xff" + b"\xdf" * 5 + b"\xff"
-_PLACES = range(12, 2 + 12 + 255 - len(_ONION) + 1)
+_ONION, _ANY_CASE = b"\5ONION", b"\xff" + b"\xdf" * 5
+_HEADER, _NAME = 12, 255
+_PLACES = range(_HEADER, 2 + _HEADER + _NAME - len(_ONION))
+# A service's own label has 56 characters (rend-spec-v3, "Encoding onion addresses"). Before it are
+# at most as many bytes here, as a transaction has not room for all; names that long are rare.
+_SERVICE, _BEFORE = 56, 64
+_SERVICES = range(_HEADER, 2 + _HEADER + _BEFORE + 1)
 
 
 def nft(chains: Iterable[Chain], table: str) -> str:
@@ -101,24 +107,45 @@ def nft(chains: Iterable[Chain], table: str) -> str:
 
 def _all_words(chain: Chain, rule: Rule) -> Iterator[str]:
     yield from _words(rule)
-    yield f"jump {chain.name}_names" if rule.asks_onion else _verdict(rule)
+    if rule.asks_onion:
+        yield f"jump {chain.name}_names"
+    elif rule.searches_onion:
+        yield f"jump {chain.name}_searches"
+    else:
+        yield _verdict(rule)
 
 
 def _names(chain: Chain) -> str:
-    """A chain that only questions pass: nft compares at a fixed place, so at each there can be.
+    """Chains that only questions pass: nft compares at a fixed place, so at each there can be.
 
     What is done stands in another one, once for each protocol: who is not root of the first user
     namespace can send no more than 208 KiB to the kernel at once.
     """
     asking = [rule for rule in chain.rules if rule.asks_onion]
-    if not asking:
-        return ""
-    name, compared = f"{chain.name}_names", f"& 0x{_ANY_CASE.hex()} == 0x{_ONION.hex()}"
-    found = (f"  meta l4proto {rule.protocol} {_verdict(rule)}\n" for rule in asking)
-    lines = (
-        f"  @ih,{8 * place},{8 * len(_ONION)} {compared} goto {name}_found\n" for place in _PLACES
+    searching = [rule for rule in chain.rules if rule.searches_onion]
+    ends = (_at(place, _ONION + b"\0", _ANY_CASE + b"\xff") for place in _PLACES)
+    services = (
+        f"{_at(place, bytes([_SERVICE]))} {_at(place + 1 + _SERVICE, _ONION, _ANY_CASE)}"
+        for place in _SERVICES
     )
-    return f" chain {name}_found {{\n{''.join(found)} }}\n chain {name} {{\n{''.join(lines)} }}\n"
+    return _compared(f"{chain.name}_names", asking, ends) + _compared(
+        f"{chain.name}_searches", searching, services
+    )
+
+
+def _compared(name: str, rules: list[Rule], matches: Iterable[str]) -> str:
+    """A chain that does what ``rules`` say to what fits any of ``matches``."""
+    if not rules:
+        return ""
+    found = "".join(f"  meta l4proto {rule.protocol} {_verdict(rule)}\n" for rule in rules)
+    lines = "".join(f"  {match} goto {name}_found\n" for match in matches)
+    return f" chain {name}_found {{\n{found} }}\n chain {name} {{\n{lines} }}\n"
+
+
+def _at(place: int, wanted: bytes, mask: bytes = b"") -> str:
+    """What the payload has at that byte, under ``mask`` if there is one."""
+    masked = f" & 0x{mask.hex()} ==" if mask else ""
+    return f"@ih,{8 * place},{8 * len(wanted)}{masked} 0x{wanted.hex()}"
 
 
 def _words(rule: Rule) -> Iterator[str]:

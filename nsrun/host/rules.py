@@ -240,10 +240,14 @@ def _onion_redirects(policy: HostPolicy) -> Iterator[Rule]:
 
 def _onion_refusals(policy: HostPolicy) -> Iterator[Rule]:
     """A name of .onion is asked of nobody but Tor, and its address reaches nobody else. A question
-    by UDP that is not redirected is one of a flow that began with another name."""
+    by UDP that is not redirected is one of a flow that began with another name. libc appends a
+    domain of resolv.conf's to a name that was not found, or has few dots (resolv.conf(5)), and Tor
+    would ask for that at an exit; so it is refused."""
     for protocol, do in _NO_NAMES:
         why = f"P2 names of .onion to anyone but Tor, {protocol}"
         yield Rule(why, do, protocol=protocol, dport=_DNS, asks_onion=True)
+        why = f"P2 names of .onion in a domain to search, {protocol}"
+        yield Rule(why, do, protocol=protocol, dport=_DNS, searches_onion=True)
     yield _LOOPBACK
     yield from _ipv6_refused(policy)
     yield from _exempt(policy)

@@ -792,6 +792,24 @@ def test_a_flow_that_began_with_another_name_asks_for_none_of_onion(
     assert not town.heard
 
 
+@pytest.mark.promise("P2")
+def test_a_domain_to_search_takes_no_name_of_a_service_along(nft_town: HostTown) -> None:
+    """As libc appends it, by UDP and TCP, to resolvers on loopback as well; other names pass."""
+    nft_town.load(replace(ALL, own="onion"))
+    service = f"{'a' * 56}.onion"
+    names = [f"{service}.example.test", f"www.{'b' * 59}.{service.upper()}.test"]
+    with nft_town.world_hears() as frames:
+        for name in names:
+            for resolver in (LAN4, LAN6, "127.0.0.53"):
+                refused(partial(nft_town.alice.ask, resolver, name))
+    assert not frames
+    for name in names:
+        refused(partial(by_tcp, nft_town.alice, LAN4, name))
+    for name in (f"{'a' * 56}.example.test", "a.onion.example.test", f"{'a' * 55}.onion.test"):
+        nft_town.passes(partial(question, nft_town.alice, name))
+        assert b"world" in by_tcp(nft_town.alice, LAN4, name)
+
+
 @pytest.mark.promise("P3")
 def test_only_onion_services_and_no_ipv6(nft_town: HostTown) -> None:
     """That is of everybody, whatever else is left alone."""
