@@ -193,9 +193,10 @@ def test_check_leak_finds_what_is_let_past_tor(host: Machine) -> None:
 FORGET = """
 from nsrun import netlink
 from nsrun.host import flows
+from nsrun.host.policy import HostPolicy
 with netlink.connect(netlink.NETLINK_NETFILTER) as kernel:
     for flow in flows.flows(kernel):
-        if flow.leads_to((9041,)):
+        if flow.leads_to(HostPolicy(tor_uid=0)):
             netlink.request(kernel, flows.CT_DELETE, flow.key)
 """
 
@@ -386,7 +387,7 @@ def test_other_ports_and_an_interface(host: Machine) -> None:
     listening = host.run("ss", "-Hltn", "sport", "=", "19041").stdout
     assert "127.0.0.1:19041" in listening
     assert "interface  lo\n" in host.run("ttp", "status").stdout
-    with all_the_time(host, "socat", "TCP-LISTEN:22222", "STDOUT"):
+    with all_the_time(host, "socat", "TCP-LISTEN:22222,fork", "STDOUT"):
         host.run("sh", "-c", "until ss -Hltn sport = 22222 | grep -q .; do sleep 0.05; done")
         taken = host.run("ttp", "restart", *START[2:], "--transport-port", "22222")
     assert (taken.returncode, "port 22222" in taken.stderr) == (2, True), taken.stderr
