@@ -136,8 +136,8 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every effec
 def start(spec: HostSpec, verbose: bool) -> None:
     """Put the whole host behind Tor, until `ttp stop` or a reboot.
 
-    Exit code 0: up and verified; 1: it failed, and the network is as before; 3: up, but Tor could
-    not be verified, and what does not go through Tor is refused.
+    Exit code 0: up and verified; 1: it failed, and the network is as before (closed, where a
+    session was cut short); 3: up, but Tor could not be verified; all else is refused.
     """
     from nsrun.host import control
 

@@ -129,12 +129,14 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
             if isinstance(step, TorifyHost):
                 made = replace(made, rules=host.rules)
     except BaseException:
-        if made is not None:
+        if before is not None and made is not None:
+            # behind Tor or closed, perhaps by an end that nobody saw: nobody has asked to open it
+            told.words("it failed: the network stays closed, until `ttp start` or `ttp stop`")
+            _take_back(made, told, stay_closed=True)
+            _close(before.at("closed", barred=made.barred), told)
+        elif made is not None:
             told.words("it failed: all is taken back")
-            closed = before is not None and before.state in ("closed", "locked")
-            _take_back(made, told, stay_closed=closed)
-            if before is not None and closed:
-                _close(before.at("closed", barred=made.barred), told)  # as it was, to whom it was
+            _take_back(made, told)
         raise
     return _verified(made, told, fresh=True)
 

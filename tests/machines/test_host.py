@@ -130,6 +130,20 @@ def test_a_start_that_fails_leaves_the_host_as_it_was(host: Machine) -> None:
     assert as_seen(host, "-4") == {"IsTor": False, "IP": topology.WAN}
 
 
+@pytest.mark.promise("P4")
+def test_a_restart_that_fails_is_closed(host: Machine) -> None:
+    """Whoever was behind Tor is not in clear because of an option; the next start mends it."""
+    host.run(*START, check=True)
+    assert as_seen(host, "-4")["IsTor"] is True
+    done = host.run("ttp", "restart", "--bootstrap-timeout", "1")
+    assert done.returncode == 1, done.stdout
+    assert "stays closed" in done.stderr
+    assert state_of(host) == "closed"
+    assert host.run(*CURL, "-4", "-m", "3", f"http://{topology.WEB}/api/ip").returncode == 7
+    host.run(*START, check=True)
+    assert as_seen(host, "-4")["IsTor"] is True
+
+
 @pytest.mark.promise("P4", "P12")
 def test_an_exit_that_nobody_confirms_is_told_by_a_code_of_its_own(host: Machine) -> None:
     """3: up, and closed to all but Tor. The oracle's certificate is not believed here."""

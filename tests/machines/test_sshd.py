@@ -33,18 +33,8 @@ def login(host: Machine, tmp_path: Path) -> Iterator[dict[str, tuple[str, ...]]]
     host.run("sh", "-c", install, user="bob", text=Path(f"{key}.pub").read_text(), check=True)
     router = host.lab.inside_argv("router", "sh", "-ec", FORWARD)
     assert host.lab.do(*router).returncode == 0
-    options = (
-        *(
-            "-q",
-            "-F",
-            "none",
-            "-o",
-            "StrictHostKeyChecking=no",
-            "-o",
-            "UserKnownHostsFile=/dev/null",
-        ),
-        *("-o", "ConnectTimeout=10", "-i", str(key)),
-    )
+    settings = "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "ConnectTimeout=10"
+    options = ("-q", "-F", "none", "-i", str(key), *(f"-o{one}" for one in settings))
     yield {
         place: ("ssh", *options, "-p", port, f"bob@{address}", "sh")
         for place, (address, port) in PLACES.items()
@@ -97,6 +87,8 @@ def test_a_session_by_ssh_goes_on_and_starts_and_stops_ttp_itself(
         assert as_seen(host, "-4")["IsTor"] is True
         with session(host, place, login[place]) as another:
             assert another.type("id -un") == ("bob\n\n", 0)
+            told, code = shell.type(f"sudo ttp restart {' '.join(START[2:])}")
+            assert code == 0, told
             told, code = shell.type("sudo ttp stop")
             assert code == 0, told
             assert state_of(host) == "stopped"
