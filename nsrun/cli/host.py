@@ -16,6 +16,7 @@ from nsrun.cli import output
 from nsrun.cli.run import CONTEXT
 from nsrun.errors import ExitCode, NsrunError, UsageError
 from nsrun.host import bridges, session
+from nsrun.host.policy import DNS_PORT, TRANS_PORT
 from nsrun.host.session import HostFacts, HostSpec, LogFormat, Session
 from nsrun.torrc import check_fragment
 
@@ -170,8 +171,8 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
         onion_only: OnionOnly = False,
         gateway_for: GatewayFor = None,
         gateway_only: GatewayOnly = False,
-        transport_port: TransportPort = session.TRANS_PORT,
-        dns_port: DnsPort = session.DNS_PORT,
+        transport_port: TransportPort = TRANS_PORT,
+        dns_port: DnsPort = DNS_PORT,
         use_bridges: UseBridges = False,
         bridge_file: BridgeFile = None,
         bridge: Bridge = None,

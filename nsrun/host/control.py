@@ -96,8 +96,7 @@ def restart(spec: HostSpec, ears: Ears) -> Outcome:
     """Another session in the place of the one that there is, if any, without a moment between."""
     need_root("restart")
     with lock(), _log(ears) as told:
-        found = current()
-        return _start(spec, found, told)
+        return _start(spec, current(), told)
 
 
 def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:

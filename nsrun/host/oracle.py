@@ -1,4 +1,4 @@
-"""``python3 -m nsrun.host.oracle WAY WHO``: ask Tor's own service how it sees this host.
+"""``python3 -m nsrun.host.oracle WAY WHO…``: ask Tor's own service how it sees this host.
 
 By a way that cannot lead past Tor, whatever the rules catch, and with no privilege that would be
 needed to be told the truth:

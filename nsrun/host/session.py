@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from nsrun.errors import UsageError
 from nsrun.host import bridges
-from nsrun.host.policy import Own, check_interface
+from nsrun.host.policy import DNS_PORT, TRANS_PORT, Own, check_interface
 from nsrun.spec import check_seconds
 
 RUNTIME = "/run/ttp"
@@ -31,7 +31,6 @@ TOR_UNIT, WATCHDOG = "ttp-tor.service", "ttp-watchdog.service"
 BYPASS = "ttp_bypass.slice"  # no "-": that would be a slice within a slice (systemd.slice(5))
 UNITS = "/run/systemd/system"  # of volatile units: gone at reboot (systemd.unit(5))
 RESOLVED = "/run/systemd/resolved.conf.d/ttp.conf"  # resolved.conf(5)
-TRANS_PORT, DNS_PORT = 9041, 9054
 
 INTERVAL = 15.0  # seconds between two looks of the watchdog that nothing called for
 

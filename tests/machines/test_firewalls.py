@@ -109,7 +109,9 @@ def served(machine: Machine, port: int) -> Iterator[None]:
     """A port of the machine that anybody may connect to, but for firewalls."""
     with machine.start("sh", "-c", SERVE.format(port)) as server:
         try:
-            machine.run("sh", "-c", f"until ss -Hltn sport = {port} | grep -q .; do :; done")
+            machine.run(
+                "sh", "-c", f"until ss -Hltn sport = {port} | grep -q .; do sleep 0.05; done"
+            )
             yield
         finally:
             server.terminate()
