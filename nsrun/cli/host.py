@@ -44,7 +44,7 @@ NoLan = Annotated[
 ]
 NoIpv6 = Annotated[bool, typer.Option("--no-ipv6", help="No IPv6 at all, to Tor neither.")]
 BypassUser = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--bypass-user",
         metavar="USER,…",
@@ -53,7 +53,7 @@ BypassUser = Annotated[
     ),
 ]
 BypassGroup = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--bypass-group",
         metavar="GROUP,…",
@@ -62,7 +62,7 @@ BypassGroup = Annotated[
     ),
 ]
 OnlyUser = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--only-user",
         metavar="USER,…",
@@ -165,9 +165,9 @@ def takes_session(act: Callable[[HostSpec, bool], None]) -> Callable[..., None]:
         allow_root: AllowRoot = False,
         no_lan_bypass: NoLan = False,
         no_ipv6: NoIpv6 = False,
-        bypass_user: BypassUser = "",
-        bypass_group: BypassGroup = "",
-        only_user: OnlyUser = "",
+        bypass_user: BypassUser = None,
+        bypass_group: BypassGroup = None,
+        only_user: OnlyUser = None,
         onion_only: OnionOnly = False,
         gateway_for: GatewayFor = None,
         gateway_only: GatewayOnly = False,
@@ -395,9 +395,10 @@ def _opened(facts: HostFacts) -> str:
     return "; ".join((*names, *(("UDP",) if facts.tor_udp else ())))
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """The names of a list with commas."""
-    found = tuple(name.strip() for name in text.split(",")) if text else ()
+def _names(text: str | None) -> tuple[str, ...]:
+    """The names of a list with commas; none if it is not given. An empty one, of a variable that is
+    not set perhaps, would be another mode: all is caught."""
+    found = () if text is None else tuple(name.strip() for name in text.split(","))
     if "" in found:
         raise UsageError(f"take {text!r} for a list of names", "one of them is empty")
     return found

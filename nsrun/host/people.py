@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grp
 import pwd
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -75,7 +76,8 @@ def _single(words: Iterable[str]) -> list[str]:
 
 
 def _number(doing: str, word: str, kind: str) -> int:
-    if word.isascii() and word.isdecimal() and int(word) < 2**32 - 1:  # -1 stands for nobody
+    # -1 stands for nobody; int() refuses thousands of digits
+    if re.fullmatch(r"[0-9]{1,10}", word) and int(word) < 2**32 - 1:
         return int(word)
     try:
         return pwd.getpwnam(word).pw_uid if kind == "user" else grp.getgrnam(word).gr_gid

@@ -175,6 +175,8 @@ def test_the_watchdog_closes_to_her_alone(host: Machine) -> None:
         (("--only-user", "root"), "root's processes serve others"),
         (("--only-user", "debian-tor"), "Tor itself runs"),
         (("--only-user", "nobody-of-that-name"), "there is no user"),
+        (("--only-user", "9" * 5000), "there is no user"),
+        (("--only-user", ""), "one of them is empty"),
         (("--only-user", "alice", "--allow-root"), "exclude each other"),
         (("--only-user", "alice", "--bypass-user", "bob"), "exclude each other"),
         (("--only-user", "alice", "--onion-only"), "exclude each other"),
