@@ -153,7 +153,7 @@ def _checked(line: str) -> str:
         raise UsageError(doing, f"{rest[1]!r} is for a transport, and none is named")
     if stray := [word for word in rest[2:] if "=" not in word]:
         raise UsageError(doing, f"{stray[0]!r} is not KEY=VALUE")
-    keys = {word.partition("=")[0] for word in rest[1:]}
+    keys = {word.partition("=")[0] for word in rest[1:] if word.partition("=")[2]}
     for need in helper.needs if helper else ():
         if keys.isdisjoint(need.split("|")):
             raise UsageError(

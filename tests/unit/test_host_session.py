@@ -131,6 +131,7 @@ def test_a_bridge_file_may_have_comments_and_blanks() -> None:
         f"192.0.2.1:443 {PRINT} cert=abc",
         f"obfs4 192.0.2.1:443 {PRINT} cert",
         f"obfs4 192.0.2.1:443 {PRINT} cert=abc",
+        f"obfs4 192.0.2.1:443 {PRINT} cert= iat-mode=0",
         f"meek_lite 192.0.2.1:443 {PRINT} front=x.test",
         "webtunnel 192.0.2.1:443",
         "snowflake 192.0.2.1:443 ice=stun:x.test:3478",
