@@ -401,7 +401,7 @@ def test_other_ports_and_an_interface(host: Machine) -> None:
     listening = host.run("ss", "-Hltn", "sport", "=", "19041").stdout
     assert "127.0.0.1:19041" in listening
     assert "interface  lo\n" in host.run("ttp", "status").stdout
-    with all_the_time(host, "socat", "TCP-LISTEN:22222,fork", "STDOUT"):
+    with all_the_time(host, "socat", "TCP-LISTEN:22222,fork,reuseaddr", "STDOUT"):
         host.run("sh", "-c", "until ss -Hltn sport = 22222 | grep -q .; do sleep 0.05; done")
         taken = host.run("ttp", "restart", *START[2:], "--transport-port", "22222")
     assert (taken.returncode, "port 22222" in taken.stderr) == (2, True), taken.stderr
