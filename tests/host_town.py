@@ -106,7 +106,7 @@ class HostTown:
         """Take all rules away: what a positive control needs."""
         self._tell(("nft", "flush", "ruleset"))
         for command in ("iptables-legacy", "ip6tables-legacy"):
-            for table in ("filter", "nat"):
+            for table in ("raw", "filter", "nat"):
                 self._tell((command, "-t", table, "-F"))
             for chain in ("INPUT", "FORWARD", "OUTPUT"):
                 self._tell((command, "-P", chain, "ACCEPT"))

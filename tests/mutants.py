@@ -145,6 +145,7 @@ MODES = (
     replace(HOST, own="users", users=(1,)),
     replace(HOST, own="onion"),
     replace(HOST, gateway_for=("x",)),
+    replace(HOST, own="none", gateway_for=("x",)),
     replace(HOST, tor_resolvers=("192.0.2.1", "2001:db8::1"), tor_udp=True),
 )
 

@@ -37,10 +37,10 @@ hook() {
 
 def script(policy: HostPolicy) -> str:
     """A script for sh(1), to be run as root."""
-    ordered = sorted(loadable(policy), key=lambda chain: chain.kind)  # filter, then nat
+    ordered = loadable(policy)
     parts = ["#!/bin/sh\n", heading(policy), _HEAD]
     for version, command in ((6, '"$ipv6"'), (4, '"$ipv4"')):
-        for kind in ("filter", "nat"):
+        for kind in ("raw", "filter", "nat"):
             mine = [chain for chain in ordered if chain.kind == kind]
             if not mine:
                 continue
@@ -110,6 +110,8 @@ def _words(rule: Rule) -> Iterator[str]:
         yield f"-s {','.join(rule.source)}"
     if rule.to:
         yield f"-d {','.join(rule.to)}"
+    if rule.no_way_back:
+        yield "-m rpfilter --invert"
     if rule.to_this_machine:
         yield "-m addrtype --dst-type LOCAL"
     for some in _listed(rule.not_dport):

@@ -36,6 +36,7 @@ class Rule:
     cgroup: str = ""  # below the root of the unified hierarchy, one level deep
     owned: bool = False  # by any socket that a process still has open
     source: tuple[str, ...] = ()
+    no_way_back: bool = False  # what is sent to its source leaves elsewhere than where it came from
     to: tuple[str, ...] = ()
     to_this_machine: bool = False
     to_others: bool = False  # to be forwarded, if this machine does that: not by broadcast
@@ -68,14 +69,14 @@ class Chain:
     """Rules for what passes ``hook``, in their order; ``policy`` for what none of them decides."""
 
     name: str
-    kind: Literal["nat", "filter"]
+    kind: Literal["raw", "nat", "filter"]
     hook: Literal["prerouting", "input", "forward", "output"]
     rules: tuple[Rule, ...]
     policy: Literal["accept", "drop"] = "accept"
 
 
 # Before those of Docker and other tools, which are at -100: the first that translates, wins.
-_PRIORITIES = {"nat": -150, "filter": 0}
+_PRIORITIES = {"raw": -300, "nat": -150, "filter": 0}
 
 
 # A question of DNS stands behind a header of 12 bytes, and by TCP behind the length of the message;
@@ -95,7 +96,7 @@ def nft(chains: Iterable[Chain], table: str) -> str:
     body = "".join(map(_names, chains)) + "".join(
         ruleset.chain(
             chain.name,
-            chain.kind,
+            "nat" if chain.kind == "nat" else "filter",
             f"{chain.hook} priority {_PRIORITIES[chain.kind]}",
             chain.policy,
             (ruleset.rule(rule.why, " ".join(_all_words(chain, rule))) for rule in chain.rules),
@@ -199,6 +200,8 @@ def _addresses(rule: Rule) -> Iterator[str]:
         yield f"{ip} saddr {_any(rule.source)}"
     if rule.to:
         yield f"{ip} daddr {_any(rule.to)}"
+    if rule.no_way_back:
+        yield "fib saddr . iif oif missing"
     if rule.to_this_machine:
         yield "fib daddr type local"
     if rule.to_others:

@@ -74,7 +74,7 @@ def render_closed(table: str = "ttp") -> str:
 
 
 def chains(policy: HostPolicy) -> tuple[Chain, ...]:
-    """Those that ``policy`` needs, the nat chains first."""
+    """Those that ``policy`` needs, those before routing first."""
     redirects = {"all": _redirects, "users": _redirects, "onion": _onion_redirects}
     refusals = {"all": _refusals, "users": _users_refusals, "onion": _onion_refusals}
     own = policy.own
@@ -82,6 +82,7 @@ def chains(policy: HostPolicy) -> tuple[Chain, ...]:
     found = []
     if policy.gateway_for:
         found += [
+            Chain("sources", "raw", "prerouting", (_forged(policy),)),
             Chain("prerouting", "nat", "prerouting", tuple(_arriving(policy))),
             Chain("filter_arriving", "filter", "prerouting", tuple(_not_forwarded(policy))),
         ]
@@ -323,6 +324,12 @@ def _ipv6_refused(policy: HostPolicy) -> Iterator[Rule]:
 # ---- other machines' packets -------------------------------------------------------------------
 
 
+def _forged(policy: HostPolicy) -> Rule:
+    """Whoever is answered, by Tor, a service or a refusal, would be so past Tor: somebody behind
+    this machine could have its address sent to a site of his choice (RFC 3704, 2.2)."""
+    return Rule("P3 forged sources", "drop", iif=policy.gateway_for, no_way_back=True)
+
+
 def _arriving(policy: HostPolicy) -> Iterator[Rule]:
     """DNS even if this machine itself was asked: it is the resolver of its LAN."""
     mine = policy.gateway_for
@@ -409,8 +416,19 @@ def _incoming(policy: HostPolicy) -> Iterator[Rule]:
     if policy.gateway_for:
         for rule, port in zip(listeners, (policy.trans_port, policy.dns_port), strict=True):
             yield replace(rule, not_iif="lo", dport=(port,), translated=False)
+    if policy.own != "all":
+        yield from (replace(rule, iif=policy.gateway_for) for rule in _resolvers_here())
     if policy.own == "all":
         yield replace(_from_before(), not_dport=policy.services)
+
+
+def _resolvers_here() -> Iterator[Rule]:
+    """One of this machine's, as libvirt's dnsmasq, would ask in clear for the LAN: by TCP, for a
+    flow older than the rules, and while nothing is redirected any more."""
+    for protocol, do in _NO_NAMES:
+        why = f"P2 DNS of the LAN to anyone but Tor, {protocol}"
+        yield Rule(why, do, protocol=protocol, dport=_DNS)
+    yield Rule("P2 DNS of the LAN over TLS", "reset", protocol="tcp", dport=_DOT)
 
 
 def _from_before() -> Rule:

@@ -602,6 +602,84 @@ def test_a_middlebox_ends_what_was_forwarded_before(town: HostTown) -> None:
         flow.close()
 
 
+@pytest.mark.promise("P3", "P5")
+@pytest.mark.parametrize("own", ["none", "all"])
+def test_a_middlebox_sends_nothing_to_forged_sources(town: HostTown, own: str) -> None:
+    """Neither refusals, which would have its own address, nor answers of Tor's and of services."""
+    forged = {4: "198.51.100.9", 6: "2001:db8:66::9"}
+    for source in forged.values():
+        town.guest.run("ip", "address", "add", source, "dev", "lo")
+
+    def send(kind: socket.SocketKind, to: str, port: int) -> None:
+        family, source = (socket.AF_INET6, forged[6]) if ":" in to else (socket.AF_INET, forged[4])
+        with town.guest.open(family, kind) as it:
+            it.bind((source, 0))
+            it.setblocking(False)
+            it.connect_ex((to, port))
+            if kind == socket.SOCK_DGRAM:
+                it.send(query("example.test"))
+            time.sleep(0.1)  # for what the stand-in of Tor says
+
+    with town.root.open(socket.AF_INET6, socket.SOCK_STREAM) as service:
+        service.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        service.bind(("::", 8080))
+        service.listen()
+        town.load(replace(MIDDLEBOX, own="all" if own == "all" else "none"))
+        town.contained(
+            *(
+                partial(send, socket.SOCK_DGRAM, to, port)
+                for to in (SITE4, SITE6)
+                for port in (53, 443)
+            ),
+            *(partial(send, socket.SOCK_STREAM, to, 80) for to in (SITE4, SITE6)),
+            *(partial(send, socket.SOCK_STREAM, to, 8080) for to in (TO_GUEST4, TO_GUEST6)),
+        )
+    assert not town.heard
+
+
+@pytest.mark.promise("P2", "P4")
+@pytest.mark.parametrize("state", ["full", "lockdown"])
+def test_no_resolver_of_a_middlebox_asks_for_its_lan(nft_town: HostTown, state: str) -> None:
+    """By TCP and TLS; by UDP in a flow from before, and while nothing is redirected any more."""
+    town = nft_town
+    with ExitStack() as stack:
+        resolver = stack.enter_context(town.root.open(socket.AF_INET6, socket.SOCK_DGRAM))
+        ports = [town.root.open(socket.AF_INET6, socket.SOCK_STREAM) for _ in range(2)]
+        for at, number in zip((resolver, *ports), (53, 53, 853), strict=True):
+            stack.enter_context(at)
+            at.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            at.bind(("::", number))
+        for at in ports:
+            at.listen()
+        town.nft(
+            "table inet other { chain c { type filter hook input priority 0; ct state new; }; }"
+        )
+        before = [town.guest.send(to, 53, TOKEN) for to in (TO_GUEST4, TO_GUEST6)]
+        for _ in before:
+            assert resolver.recv(100) == TOKEN
+        town.load(MIDDLEBOX)
+        if state == "lockdown":
+            town.nft(rules.render_lockdown(MIDDLEBOX))
+        for flow in before:
+            stack.enter_context(flow)
+            flow.send(TOKEN)
+            refused(partial(flow.recv, 100))
+        for to in (TO_GUEST4, TO_GUEST6):
+            for number in (53, 853):
+                refused(partial(town.guest.connect, to, number))
+            if state == "lockdown":
+                refused(partial(town.guest.ask, to, "example.test"))
+        with pytest.raises(TimeoutError):
+            resolver.recv(100)
+        town.unguarded()
+        for flow in before:
+            flow.send(TOKEN)
+            assert resolver.recv(100) == TOKEN
+        for to in (TO_GUEST4, TO_GUEST6):
+            for number in (53, 853):
+                town.guest.connect(to, number).close()
+
+
 @pytest.mark.promise("P4")
 def test_lockdown_lets_tor_reset_who_came_from_the_lan(nft_town: HostTown) -> None:
     """Its connections are still translated, so that the reset is one of the site's; no new ones."""
