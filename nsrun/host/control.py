@@ -142,6 +142,7 @@ def _start(spec: HostSpec, before: Session | None, told: Ears) -> Outcome:
 
 def _examine(spec: HostSpec, before: Session | None) -> None:
     """What is wrong with the request is said while all is as it was. Raises NsrunError."""
+    facts.check_gateway_for(spec.gateway_for)
     found = facts.probe(spec)
     if before is None or before.state == "closed":  # else our own resolv.conf is what is there
         facts.check_resolvers(spec, found)

@@ -254,13 +254,25 @@ def lans(doing: str, names: Iterable[str]) -> list[Lan]:
 def absent_interfaces(names: Iterable[str]) -> list[str]:
     """Those of ``names``, in which * stands for any rest of one, that no interface has."""
     there = [name for _, name in socket.if_nameindex()]
-    return [
-        name
+    return [name for name in names if not any(_is_named(one, [name]) for one in there)]
+
+
+def _is_named(interface: str, names: Iterable[str]) -> bool:
+    return any(
+        interface.startswith(name[:-1]) if name.endswith("*") else interface == name
         for name in names
-        if not any(
-            one.startswith(name[:-1]) if name.endswith("*") else one == name for one in there
-        )
-    ]
+    )
+
+
+def check_gateway_for(names: tuple[str, ...]) -> None:
+    """Raises UsageError for a port of a bridge or a bond: rules see what arrives there as arriving
+    at its master, so with its own name nothing would be caught."""
+    for link in json.loads(machine.ip("-json", "-details", "link", "show")) if names else ():
+        port, master = link["ifname"], link.get("master", "")
+        kind = link.get("linkinfo", {}).get("info_slave_kind")
+        if kind not in (None, "vrf") and _is_named(port, names) and not _is_named(master, names):
+            cause = f"{port} is a port of {master}, where what arrives at it arrives"
+            raise UsageError(DOING, cause, f"--gateway-for {master}")
 
 
 def _has_ipv6() -> bool:

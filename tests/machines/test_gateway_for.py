@@ -252,8 +252,13 @@ def test_whoever_is_killed_leaves_the_lan_closed(routed: Client) -> None:
 
 @pytest.mark.promise("P1", "P3")
 def test_without_forwarding_a_lan_is_served_and_not_sent_on(client: Client) -> None:
-    """Forwarding stays off; what is refused is refused at once. An interface may come later."""
+    """Forwarding stays off; what is refused is refused at once. An interface may come later; a
+    bridge's port, at which rules see nothing arrive, is refused."""
     host = client.machine
+    for name in ("m1", "m*"):
+        port = host.run(*START, "--gateway-for", name, "--gateway-only")
+        assert port.returncode == 2, port.stderr
+        assert "m1 is a port of br0" in port.stderr
     host.run("ip", "link", "del", "br0", check=True)
     up = host.run(*START, "--gateway-for", "br0", "--no-lan-bypass")
     assert up.returncode == 0, up.stderr
