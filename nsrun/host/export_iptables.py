@@ -114,6 +114,8 @@ def _words(rule: Rule) -> Iterator[str]:
         yield "-m rpfilter --invert"
     if rule.to_this_machine:
         yield "-m addrtype --dst-type LOCAL"
+    if rule.to_others:
+        yield "-m addrtype ! --dst-type LOCAL"
     for some in _listed(rule.not_dport):
         yield f"-m multiport ! --dports {some}"
     if rule.original_dport:

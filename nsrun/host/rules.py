@@ -397,10 +397,11 @@ def _forwarded(policy: HostPolicy) -> Iterator[Rule]:
 
 
 def _from_lan_to_lan(policy: HostPolicy) -> Iterator[Rule]:
+    """A packet with a source route (RFC 791) is, until it has passed the rules, to this machine."""
     if policy.lan:
         for version, networks in (("ipv4", LAN4), ("ipv6", LAN6)):
             why = f"P3 from LAN to LAN, directly, {version}"
-            yield Rule(why, "accept", source=networks, to=networks)
+            yield Rule(why, "accept", source=networks, to=networks, to_others=True)
 
 
 def _incoming(policy: HostPolicy) -> Iterator[Rule]:

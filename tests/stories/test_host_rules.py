@@ -504,6 +504,20 @@ def test_without_the_lan_bypass_nothing_is_forwarded(nft_town: HostTown) -> None
     nft_town.contained(partial(tcp, nft_town.guest, LAN4), partial(udp, nft_town.guest, LAN4))
 
 
+@pytest.mark.promise("P3")
+def test_a_source_route_leads_nobody_out(town: HostTown) -> None:
+    """Where the kernel obeys it: until it is sent on, it is for this machine, which is of a LAN."""
+    for name in ("all", "eth1"):
+        town.root.run("sysctl", "-qw", f"net.ipv4.conf.{name}.accept_source_route=1")
+    town.load(ALL)
+    loose_route = bytes([131, 7, 4]) + socket.inet_aton(SITE4) + b"\0"
+    with town.guest.open(socket.AF_INET, socket.SOCK_RAW, 47) as tunnel:
+        header = struct.pack(">BBHHHBBH", 0x47, 0, 0, 7, 0, 64, 47, 0)
+        header += socket.inet_aton(GUEST4) + socket.inet_aton(TO_GUEST4) + loose_route
+        tunnel.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
+        town.contained(partial(tunnel.sendto, header + TOKEN, (TO_GUEST4, 0)))
+
+
 MIDDLEBOX = replace(ALL, own="none", gateway_for=("eth1",))
 
 
