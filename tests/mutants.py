@@ -141,6 +141,7 @@ def _mutated(text, chain, old, new):
 HOST = HostPolicy(tor_uid=100)
 MODES = (
     replace(HOST, allow_root=True, bypass_users=(1,), bypass_groups=(1,), bypass_cgroup="x"),
+    replace(HOST, tor_cgroup="x"),
     replace(HOST, ipv6=False, gateway_for=("x",)),
     replace(HOST, own="users", users=(1,)),
     replace(HOST, own="onion"),

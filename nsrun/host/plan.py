@@ -53,12 +53,18 @@ def policy(made: Session) -> HostPolicy:
 def full_rules(made: Session) -> str:
     """The table of a session that is up."""
     exempt = session.BYPASS if has_bypass(made) else ""
-    return render(replace(policy(made), bypass_cgroup=exempt))
+    tor = session.TOR_SLICE if _has_slice(made) else ""
+    return render(replace(policy(made), bypass_cgroup=exempt, tor_cgroup=tor))
 
 
 def has_bypass(made: Session) -> bool:
     """Whether commands can be let past Tor: a control group that rules can name, and a reason."""
     return made.facts.cgroups and made.spec.own in ("all", "users")
+
+
+def _has_slice(made: Session) -> bool:
+    """Whether rules can tell our Tor's sockets from those of others."""
+    return made.facts.cgroups and not made.spec.external
 
 
 def locked_rules(made: Session) -> str:
@@ -132,6 +138,11 @@ def _own_tor(made: Session, helpers: Mapping[str, str]) -> tuple[HostStep, ...]:
         *(
             WriteFile(path, text, 0o644, 0, 0)
             for path, text in units.tor_resolver(facts.tor_resolvers).items()
+        ),
+        *(
+            (StartUnit(f"{session.UNITS}/{session.TOR_SLICE}", units.tor_slice()),)
+            if _has_slice(made)
+            else ()
         ),
         StartUnit(
             f"{session.UNITS}/{session.TOR_UNIT}",

@@ -67,6 +67,7 @@ class HostPolicy:
     ``allow_root``      uid 0 is exempt
     ``bypass_users``    exempt, as ``bypass_groups`` and ``bypass_cgroup``, which must be there
                         when the rules are loaded: its name is made a number then
+    ``tor_cgroup``      Tor's, likewise, where it is known: nobody else is reached at its ports
     ``services``        TCP ports of services: connections to them that are older than the rules
                         go on, where the kernel did not follow connections before
     ``gateway_for``     interfaces, ``*`` at the end for any rest of a name: what arrives there to
@@ -90,6 +91,7 @@ class HostPolicy:
     bypass_users: tuple[int, ...] = ()
     bypass_groups: tuple[int, ...] = ()
     bypass_cgroup: str = ""
+    tor_cgroup: str = ""
     services: tuple[int, ...] = (22,)
     gateway_for: tuple[str, ...] = ()
     table: str = "ttp"
@@ -128,8 +130,9 @@ class HostPolicy:
             check_interface(doing, name)
         for resolver in self.tor_resolvers:
             ip_address(resolver)  # it becomes a word of a rule
-        if self.bypass_cgroup and not _CGROUP.fullmatch(self.bypass_cgroup):
-            raise UsageError(doing, f"{self.bypass_cgroup!r} is no name of a control group")
+        for group in filter(None, (self.bypass_cgroup, self.tor_cgroup)):
+            if not _CGROUP.fullmatch(group):
+                raise UsageError(doing, f"{group!r} is no name of a control group")
 
 
 def check_interface(doing: str, name: str) -> None:

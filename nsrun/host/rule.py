@@ -34,6 +34,7 @@ class Rule:
     users: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     cgroup: str = ""  # below the root of the unified hierarchy, one level deep
+    not_cgroup: str = ""  # of the socket that is reached, in the input hook
     owned: bool = False  # by any socket that a process still has open
     source: tuple[str, ...] = ()
     no_way_back: bool = False  # what is sent to its source leaves elsewhere than where it came from
@@ -190,6 +191,8 @@ def _owner(rule: Rule) -> Iterator[str]:
         yield f"meta skgid {_any(rule.groups)}"
     if rule.cgroup:
         yield f'socket cgroupv2 level 1 "{rule.cgroup}"'
+    if rule.not_cgroup:
+        yield f'socket cgroupv2 level 1 != "{rule.not_cgroup}"'
     if rule.owned:
         yield "meta skuid 0-4294967294"  # without a user, no match on it fits
 

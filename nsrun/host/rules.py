@@ -92,10 +92,10 @@ def chains(policy: HostPolicy) -> tuple[Chain, ...]:
             Chain("filter_out", "filter", "output", tuple(refusals[own](policy)), default),
         ]
     if own == "all" or policy.gateway_for:
-        found += [
-            Chain("filter_forward", "filter", "forward", tuple(_forwarded(policy)), default),
-            Chain("filter_in", "filter", "input", tuple(_incoming(policy))),
-        ]
+        forwarded = tuple(_forwarded(policy))
+        found.append(Chain("filter_forward", "filter", "forward", forwarded, default))
+    if incoming := tuple(_incoming(policy)):
+        found.append(Chain("filter_in", "filter", "input", incoming))
     return tuple(found)
 
 
@@ -417,8 +417,10 @@ def _incoming(policy: HostPolicy) -> Iterator[Rule]:
     if policy.gateway_for:
         for rule, port in zip(listeners, (policy.trans_port, policy.dns_port), strict=True):
             yield replace(rule, not_iif="lo", dport=(port,), translated=False)
-    if policy.own != "all":
+    if policy.gateway_for and policy.own != "all":
         yield from (replace(rule, iif=policy.gateway_for) for rule in _resolvers_here())
+    if policy.tor_cgroup:
+        yield from _to_nobody_else(policy)
     if policy.own == "all":
         yield replace(_from_before(), not_dport=policy.services)
 
@@ -430,6 +432,23 @@ def _resolvers_here() -> Iterator[Rule]:
         why = f"P2 DNS of the LAN to anyone but Tor, {protocol}"
         yield Rule(why, do, protocol=protocol, dport=_DNS)
     yield Rule("P2 DNS of the LAN over TLS", "reset", protocol="tcp", dport=_DOT)
+
+
+def _to_nobody_else(policy: HostPolicy) -> Iterator[Rule]:
+    """Any user may bind Tor's UDP port beside it, as Tor sets SO_REUSEADDR (socket(7)), and would
+    then be asked in its place; and its TCP port while there is no Tor."""
+    for version, address in (("ipv4", _TOR4), ("ipv6", _TOR6)):
+        at = (*address, *(one for one in policy.listeners if (":" in one) == (version == "ipv6")))
+        tcp = Rule("P1 nobody else is at Tor's port", "reset", protocol="tcp")
+        udp = Rule("P2 nobody else is at Tor's port", "refuse", protocol="udp")
+        for rule, port in ((tcp, policy.trans_port), (udp, policy.dns_port)):
+            yield replace(
+                rule,
+                why=f"{rule.why}, {version}",
+                to=at,
+                dport=(port,),
+                not_cgroup=policy.tor_cgroup,
+            )
 
 
 def _from_before() -> Rule:

@@ -28,6 +28,7 @@ Description=Tor of the whole host, by ttp
 StartLimitIntervalSec=0
 
 [Service]
+Slice={session.TOR_SLICE}
 Type=notify
 NotifyAccess=all
 User={uid}
@@ -84,6 +85,11 @@ def tor_resolver(resolvers: Sequence[str]) -> dict[str, str]:
 def bypass() -> str:
     """Where commands of ``ttp bypass`` are; the rules know it by its control group."""
     return "[Unit]\nDescription=Commands that bypass Tor, by ttp\n"
+
+
+def tor_slice() -> str:
+    """Where Tor is: the rules know its control group by a number, which outlives Tor."""
+    return "[Unit]\nDescription=Tor of the whole host, by ttp\n"
 
 
 def watchdog(python: str, interval: float) -> str:

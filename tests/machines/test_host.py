@@ -250,6 +250,44 @@ def test_control_a_careless_stop_lets_it_go_on_in_clear(host: Machine) -> None:
     assert to(seen[0], Tcp, topology.WEB)
 
 
+# ---- other users of the machine ----------------------------------------------------------------
+
+# Tor sets SO_REUSEADDR, and so of two sockets the one that was bound last is asked.
+BESIDE_TOR = """
+import socket
+it = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+it.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+it.bind(("127.0.0.1", 9054))
+print("bound", flush=True)
+found = it.recv(600)
+print("control" if b"control" in found else "robbed", flush=True)
+"""
+
+
+@pytest.mark.promise("P2")
+@pytest.mark.parametrize("mode", [(), ("--only-user", "alice"), ("--onion-only",)])
+def test_who_listens_beside_tor_is_asked_nothing(host: Machine, mode: tuple[str, ...]) -> None:
+    """Bob, at its DNSPort. Tor, killed and started again, is still reached; the control is that he
+    is asked when there are no rules."""
+    host.run(*START, *mode, check=True)
+    tor = main_process(host)
+    host.run("systemctl", "kill", "--signal=KILL", session.TOR_UNIT, check=True)
+    eventually(lambda: main_process(host) not in {"0", tor}, "Tor to be started again")
+    eventually(lambda: host.run("ttp", "check").returncode == 0, "Tor to be reached", 30)
+    with host.start("python3", "-c", BESIDE_TOR, user="bob", stdout=subprocess.PIPE) as bob:
+        assert bob.stdout is not None
+        assert bob.stdout.readline() == "bound\n"
+        name = f"{'a' * 55}d.onion"
+        host.run("dig", "+tries=1", "+time=2", "@127.0.0.1", name, user="alice")
+        host.run("nft", "delete", "table", "inet", "ttp", check=True)
+        host.run("dig", "+tries=1", "+time=2", "-p9054", "@127.0.0.1", "control", user="alice")
+        assert "control" in bob.communicate(timeout=5)[0]
+
+
+def main_process(machine: Machine) -> str:
+    return machine.run("systemctl", "show", "-P", "MainPID", session.TOR_UNIT).stdout.strip()
+
+
 # ---- no moment between -------------------------------------------------------------------------
 
 

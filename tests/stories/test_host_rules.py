@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -404,6 +405,71 @@ def test_a_command_in_the_exempt_control_group_reaches_the_network(town: HostTow
         assert b"stand-in" in tcp(town.root)
     finally:
         group.rmdir()
+
+
+@pytest.mark.promise("P1", "P2")
+def test_nobody_else_is_reached_at_the_ports_of_tor(nft_town: HostTown) -> None:
+    """Who has bound them, beside Tor or in its place, gets nothing that is redirected there. The
+    control: the same rules, if that is Tor's control group."""
+    thieves, tor = (Path(CGROUPS, f"ttp-{who}-{os.getpid()}.slice") for who in ("thieves", "tor"))
+    for group in (thieves, tor):
+        group.mkdir()
+    try:
+        enter = f'echo $$ >{thieves}/cgroup.procs && exec "$@"'
+        command = ("sh", "-c", enter, "sh", sys.executable, "-u", "-c", THIEF)
+        with ExitStack() as held:
+            thief = nft_town.root.space.call(subprocess.Popen, command, stdout=subprocess.PIPE)
+            held.enter_context(thief)
+            held.callback(thief.kill)
+            assert thief.stdout is not None
+            assert thief.stdout.readline() == b"bound\n"
+            policy = replace(ALL, trans_port=4141, dns_port=5454)
+            for group, gets in ((tor, False), (thieves, True)):
+                nft_town.load(replace(policy, tor_cgroup=group.name))
+                for site, resolver in ((SITE4, LAN4), (SITE6, LAN6)):
+                    assert _is_robbed(tcp, nft_town.root, site) is gets, (group, site)
+                    assert _is_robbed(_lookup, nft_town.root, resolver) is gets, (group, resolver)
+    finally:
+        for group in (thieves, tor):
+            eventually(partial(_is_gone, group), f"{group} to be empty")
+
+
+THIEF = """
+import select, socket
+sockets = []
+for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+    for kind, port in ((socket.SOCK_STREAM, 4141), (socket.SOCK_DGRAM, 5454)):
+        sockets.append(socket.socket(family, kind))
+        sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sockets[-1].bind((host, port))
+        if kind == socket.SOCK_STREAM:
+            sockets[-1].listen()
+print("bound")
+while True:
+    for one in select.select(sockets, (), ())[0]:
+        if one.type == socket.SOCK_STREAM:
+            one.accept()[0].send(b"stolen")
+        else:
+            one.sendto(b"stolen", one.recvfrom(600)[1])
+"""
+
+
+def _is_robbed(ask: Callable[[Actor, str], bytes], actor: Actor, host: str) -> bool:
+    try:
+        return ask(actor, host) == b"stolen"
+    except OSError:
+        return False
+
+
+def _lookup(actor: Actor, resolver: str) -> bytes:
+    with actor.send(resolver, 53, query("example.com")) as asking:
+        return asking.recv(600)
+
+
+def _is_gone(group: Path) -> bool:
+    with suppress(OSError):  # who was in it is about to be
+        group.rmdir()
+    return not group.exists()
 
 
 # ---- who connects to this machine ----------------------------------------------------------------

@@ -25,6 +25,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "'[*]' is no name of an interface": {"gateway_for": ("*",)},
     "'a{16}' is no name of an interface": {"gateway_for": ("a" * 16,)},
     "is no name of a control group": {"bypass_cgroup": 'a" accept\n'},
+    "' is no name of a control group": {"tor_cgroup": 'a" drop\n'},
 }
 
 

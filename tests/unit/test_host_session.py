@@ -278,7 +278,9 @@ def test_a_tor_of_somebody_elses_is_neither_made_nor_ended() -> None:
     assert not any(path in act for act in acts for path in ("/run/tor", session.TOR_STATE))
     kept = [step for step in start_steps(SESSION, {}) if step in steps]
     assert [type(step) for step in kept[:1]] == [CloseHost]
-    assert len(kept) == len(steps)
+    others = [step for step in steps if step not in kept]
+    assert [type(step) for step in others] == [TorifyHost]  # whose Tor is in no slice of ours
+    assert session.TOR_SLICE not in others[0].describe()
 
 
 @pytest.mark.parametrize("kind", get_args(HostStep), ids=lambda kind: kind.__name__)
