@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -79,9 +80,10 @@ def close(ears: Ears) -> None:
     """Close the network before there is one, for a start that is to come; stop opens it.
 
     Nothing but loopback, answers and the machine's own address is let through. Raises NsrunError.
+    Another command is waited for, however long: to fail would be an emergency (ttp-closed.service).
     """
     need_root("start")
-    with lock(), _log(ears) as told:
+    with lock(math.inf), _log(ears) as told:
         if current() is None:
             made = Session(HostSpec(), facts.probe(HostSpec()), os.getpid(), time.time(), "closed")
             _close(made, told)

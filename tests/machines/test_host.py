@@ -542,8 +542,10 @@ def test_from_boot_on_nothing_leaves_before_tor(machine: Machine) -> None:
 
 @pytest.mark.promise("P4")
 def test_closed_it_stays_closed_when_start_fails(host: Machine) -> None:
-    """`ttp close` lets nothing out; a start that fails comes back to that, and stop opens."""
-    host.run("ttp", "close", check=True)
+    """`ttp close` waits, then lets nothing out; a start that fails comes back to that,
+    and stop opens."""
+    with host.start("flock", session.RUNTIME, "sleep", "6"):
+        host.run("ttp", "close", check=True)
     assert host.run("ttp", "status").stdout.startswith("state      closed\n")
     assert is_closed(host)
     assert host.run("ttp", "start", "--bootstrap-timeout", "0").returncode == 1
