@@ -221,11 +221,17 @@ def close(verbose: Verbose = False) -> None:
     control.close(ears(verbose))
 
 
-def stop(verbose: Verbose = False) -> None:
+def stop(
+    restore_only: Annotated[
+        bool,
+        typer.Option("--restore-only", help="Also where the record of the session is lost."),
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
     """Take the whole host from behind Tor: what went through Tor is ended first."""
     from nsrun.host import control
 
-    control.stop(ears(verbose))
+    control.stop(ears(verbose), restore_only=restore_only)
     print("stopped: the network is as before")
 
 

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -169,17 +169,30 @@ def _await_bootstrap(spec: HostSpec, told: Ears) -> None:
         )
 
 
-def stop(ears: Ears) -> None:
+def stop(ears: Ears, *, restore_only: bool = False) -> None:
     """Give the network back; nothing that went through Tor goes on in clear.
 
-    Raises NsrunError: then the host stays closed, and stop can be tried again.
+    With ``restore_only`` also where no record tells what there is. Raises NsrunError: then the host
+    stays closed, and stop can be tried again.
     """
     need_root("stop")
     with lock(), _log(ears) as told:
-        found = current()
+        found = _recorded_or_lost() if restore_only else current()
         if found is None:
             raise UsageError("stop", "the host is not behind Tor", "ttp status")
         _take_back(found, told)
+
+
+def _recorded_or_lost() -> Session:
+    """The session; where nobody can tell which, one with all that any has, at its names."""
+    with suppress(NsrunError):
+        if found := current():
+            return found
+    trans_port, dns_port = facts.ports()
+    spec = HostSpec(watchdog=True, gateway_for=("any",), trans_port=trans_port, dns_port=dns_port)
+    helpers = "127.0.0.1", "::1"  # whoever the resolvers were, their files have one name
+    there = replace(facts.probe(spec), made=facts.ours_alone(), tor_resolvers=helpers)
+    return Session(spec, there, os.getpid(), time.time(), "stopping", redirected=True)
 
 
 def refresh() -> None:
@@ -252,8 +265,10 @@ def need_root(doing: str) -> None:
 
 def _need_session(doing: str) -> Session:
     found = current()
-    if found is None or found.state != "up":
-        raise UsageError(f"{doing} the session", "the host is not behind Tor", "ttp start")
+    if found is None:
+        raise UsageError(f"use ttp {doing}", "the host is not behind Tor", "ttp start")
+    if found.state != "up":
+        raise UsageError(f"use ttp {doing}", f"the host is {found.state}", "ttp restart")
     return found
 
 

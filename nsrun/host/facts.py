@@ -19,7 +19,7 @@ from nsrun import facts, netlink
 from nsrun.errors import MissingError, UsageError
 from nsrun.host import bridges, cover, doors, external, flows, machine, people, session
 from nsrun.host.export_lan import Lan
-from nsrun.host.policy import choose_automap
+from nsrun.host.policy import DNS_PORT, TRANS_PORT, choose_automap
 from nsrun.host.session import HostFacts, HostSpec
 
 DOING = "put the host behind Tor"
@@ -83,6 +83,19 @@ def _with_own(found: HostFacts) -> HostFacts:
         tor_gid=user.tor_gid,
         made=_absent("/run/tor", session.TOR_RUNTIME),
     )
+
+
+def ports() -> tuple[int, int]:
+    """TransPort and DNSPort of the torrc that is there; without one, where they are by default."""
+    found = dict(re.findall(r"^(TransPort|DNSPort) \S+:(\d+)", _text(session.TORRC), re.MULTILINE))
+    return int(found.get("TransPort", TRANS_PORT)), int(found.get("DNSPort", DNS_PORT))
+
+
+def ours_alone() -> tuple[str, ...]:
+    """Tor's runtime directory, and the one above, if nobody else has anything there."""
+    above = Path(session.TOR_RUNTIME).parent
+    alone = above.is_dir() and [entry.name for entry in above.iterdir()] == ["ttp"]
+    return (str(above), session.TOR_RUNTIME) if alone else (session.TOR_RUNTIME,)
 
 
 def resolvers() -> tuple[str, ...]:

@@ -322,6 +322,28 @@ def test_a_start_that_is_killed_at_any_step_is_closed_and_mended(host: Machine) 
 
 
 @pytest.mark.promise("P4", "P8")
+def test_a_session_whose_record_is_lost_is_taken_back(host: Machine) -> None:
+    """T10: by the names of what there is, at other ports, too; what was redirected is ended. Where
+    there is nothing to take back, nothing is changed."""
+    assert host.run("ttp", "stop").returncode == 2
+    before = host.state()
+    host.run("ttp", "stop", "--restore-only", check=True)
+    assert not host.changes(before)
+    host.run(*START, "--transport-port", "19041", "--dns-port", "19054", check=True)
+    for lose in (f"echo >{session.RECORD}", f"rm {session.RECORD}"):
+        host.run("sh", "-c", lose, check=True)
+        assert host.run("ttp", "stop").returncode in (1, 2)
+        assert as_seen(host, "-4")["IsTor"] is True
+    hold = ("socat", "-u", f"TCP:{topology.WEB}:80", "STDOUT")
+    with host.start(*hold, user="alice", stderr=subprocess.PIPE) as held:
+        host.run("sh", "-c", f"until ss -Htn dst {topology.WEB} | grep -q ESTAB; do :; done")
+        host.run("ttp", "stop", "--restore-only", check=True)
+        assert held.wait(10) != 0
+    assert as_seen(host, "-4") == {"IsTor": False, "IP": topology.WAN}
+    assert not host.changes(before)
+
+
+@pytest.mark.promise("P4", "P8")
 def test_a_stop_that_is_killed_at_any_step_is_closed_and_goes_on(host: Machine) -> None:
     """kill -9 before each; the next one begins anew, and finds some of it done; start, too."""
     host.run(*START, "--watchdog", check=True)

@@ -131,6 +131,8 @@ def test_a_watchdog_that_is_killed_opens_nothing_and_comes_back(host: Machine) -
     host.run("nft", "delete", "table", *TABLE.split(), check=True)
     eventually(lambda: state_of(host) == "locked", "a lock")
     assert is_closed(host)
+    refused = host.run("ttp", "refresh")
+    assert (refused.returncode, "the host is locked" in refused.stderr) == (2, True), refused.stderr
     assert host.run("ttp", "restart", *START[2:], "--bootstrap-timeout", "0").returncode == 1
     assert is_closed(host)  # who repairs what was changed, and fails, has opened nothing
     assert host.run("ttp", "start", *START[2:]).returncode == 0
