@@ -17,6 +17,7 @@ from nsrun.leak.pcap import Capture
 from nsrun.leak.verdict import Rule, Value, as_text, judge
 
 OWN = (topology.HOST, topology.HOST6)
+ELSEWHERE = ("192.168.77.66", "2001:db8:77::66")  # where it moves to; relays speak to it on
 Idle = tuple[subprocess.Popen[str], IO[str]]
 START = ("ttp", "start", "--torrc", "/etc/ttp/lab.torrc")
 PYTHON = "/usr/local/lib/ttp/bin/python"
@@ -85,7 +86,8 @@ class FromBefore:
     def covers(self, frame: Frame) -> bool:
         match frame.body:
             case Ip(source=source, target=target, body=Tcp(flags=flags)):
-                return source not in OWN and target in OWN and "S" not in flags
+                own = (*OWN, *ELSEWHERE)
+                return source not in own and target in own and "S" not in flags
         return False
 
 

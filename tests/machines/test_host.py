@@ -113,10 +113,9 @@ def test_who_is_not_root_may_look_and_no_more(host: Machine) -> None:
 def test_a_wrong_request_changes_nothing(host: Machine, wrong: tuple[str, ...]) -> None:
     """Exit code 2, before the first effect."""
     listener = ("socat", "TCP-LISTEN:22222,fork,reuseaddr", "STDOUT")
-    with host.start(*listener) as taken:
+    with all_the_time(host, *listener):
         host.run("sh", "-c", "until ss -Hltn sport = 22222 | grep -q .; do sleep 0.05; done")
         done = host.run(*START, *wrong)
-        taken.kill()
     assert done.returncode == 2, done.stdout + done.stderr
     assert host.run("nft", "list", "tables").stdout == ""
 

@@ -12,7 +12,17 @@ from contextlib import contextmanager
 
 import pytest
 
-from host_machine import SHOUT, START, all_the_time, as_seen, contained, state_of, to, watched
+from host_machine import (
+    ELSEWHERE,
+    SHOUT,
+    START,
+    all_the_time,
+    as_seen,
+    contained,
+    state_of,
+    to,
+    watched,
+)
 from machine import Machine
 from nsrun.host import session
 from nsrun.lab import topology
@@ -21,7 +31,6 @@ from town import eventually
 
 SHOUTING = ("python3", "-c", SHOUT, topology.WEB, topology.WEB6, "300")
 WEBS = (topology.WEB, topology.WEB6)
-ELSEWHERE = ("192.168.77.66", "2001:db8:77::66")
 BACK = 30.0  # seconds until Tor works again
 
 
