@@ -28,10 +28,9 @@ COOKIE = f"{TOR_RUNTIME}/auth_cookie"
 SOCKS = f"{TOR_RUNTIME}/socks.sock"
 TOR_STATE = "/var/lib/tor/ttp"
 TOR_UNIT, WATCHDOG = "ttp-tor.service", "ttp-watchdog.service"
-TOR_SLICE, BYPASS = (
-    "ttp_tor.slice",
-    "ttp_bypass.slice",
-)  # no "-": that would be a slice within a slice (systemd.slice(5))
+# No "-" in these: that would be a slice within a slice (systemd.slice(5)).
+TOR_SLICE = "ttp_tor.slice"
+BYPASS = "ttp_bypass.slice"
 UNITS = "/run/systemd/system"  # of volatile units: gone at reboot (systemd.unit(5))
 RESOLVED = "/run/systemd/resolved.conf.d/ttp.conf"  # resolved.conf(5)
 
